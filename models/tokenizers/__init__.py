@@ -1,0 +1,1 @@
+"""Frame tokenizers: one file each, behind the interface in `base`."""

@@ -1,0 +1,106 @@
+"""Video file to metadata."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import IO, Any
+
+from pipeline import ffmpeg
+from pipeline.errors import BadVideo
+from pipeline.ffmpeg import FfmpegLimits
+
+_MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoInfo:
+    """What the container says of its first real video stream. Sizes are as displayed, after rotation."""
+
+    container: str
+    codec: str
+    width: int
+    height: int
+    fps: float
+    duration_s: float
+
+
+def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
+    """Metadata of an open video file.
+
+    Raises:
+        BadVideo: `empty`, `not-video`, `no-video-stream`, `corrupt` or `too-large`.
+    """
+    if not source.seek(0, 2):
+        raise BadVideo("empty", "the file has 0 bytes")
+    try:
+        output = ffmpeg.run(_command(source, limits), source, limits, _MAX_PROBE_OUTPUT_BYTES)
+    except BadVideo as bad:
+        if bad.reject_class == "corrupt":
+            raise BadVideo("not-video", f"no supported container: {bad.reason}") from None
+        raise
+    report = json.loads(output)
+    streams = [s for s in report.get("streams", []) if not s.get("disposition", {}).get("attached_pic")]
+    if not streams:
+        raise BadVideo("no-video-stream", f"container {_container(report)} holds no video stream")
+    return _check(_info(report, streams[0]), limits)
+
+
+def _command(source: IO[bytes], limits: FfmpegLimits) -> list[str]:
+    # ffmpeg-python's own probe() can neither pass a descriptor nor bound its time, hence the plain list.
+    options = [word for name, value in ffmpeg.input_options(limits).items() for word in (f"-{name}", str(value))]
+    show = ["-show_format", "-show_streams", "-select_streams", "v", "-of", "json"]
+    return ["ffprobe", "-v", "error", *options, *show, ffmpeg.source_url(source)]
+
+
+def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
+    rotation = next((int(float(d["rotation"])) for d in stream.get("side_data_list", []) if "rotation" in d), 0)
+    width, height = int(stream.get("width", 0)), int(stream.get("height", 0))
+    if rotation % 180:
+        width, height = height, width
+    fps = _rate(stream.get("avg_frame_rate")) or _rate(stream.get("r_frame_rate"))
+    # The stream's own duration first: sound often lasts longer than the picture.
+    duration_s = _number(stream.get("duration")) or _number(report.get("format", {}).get("duration"))
+    if not duration_s and fps:
+        duration_s = _number(stream.get("nb_frames")) / fps
+    return VideoInfo(
+        container=_container(report),
+        codec=stream.get("codec_name", "unknown"),
+        width=width,
+        height=height,
+        fps=fps,
+        duration_s=duration_s,
+    )
+
+
+def _check(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
+    if info.width * info.height > limits.max_pixels:
+        raise BadVideo(
+            "too-large", f"a frame of {info.width} x {info.height} pixels; at most {limits.max_pixels} are allowed"
+        )
+    if info.width < 1 or info.height < 1:
+        raise BadVideo("corrupt", f"the {info.codec} stream states no frame size")
+    if not info.duration_s > 0 or not info.fps > 0:
+        raise BadVideo("corrupt", f"the {info.codec} stream states a duration of {info.duration_s} s at {info.fps} fps")
+    if info.duration_s > limits.max_duration_s:
+        raise BadVideo("too-large", f"{info.duration_s:.0f} s long; at most {limits.max_duration_s:.0f} s are allowed")
+    return info
+
+
+def _container(report: dict[str, Any]) -> str:
+    return str(report.get("format", {}).get("format_name", "unknown"))
+
+
+def _rate(text: str | None) -> float:
+    numerator, _, denominator = (text or "0/0").partition("/")
+    if not float(denominator or 1):
+        return 0.0
+    return float(Fraction(int(numerator), int(denominator or 1)))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,150 @@
+"""The words that stages share: records, Arrow schemas, the batch contract, and the version of all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Part of every fingerprint: raise it when the same input and config would give other bytes."""
+
+Split = Literal["train", "val"]
+
+REJECT_CLASSES = (
+    "empty",  # no bytes
+    "unreadable",  # the file system refused
+    "outside-corpus",  # a link that leads out of the corpus folder
+    "not-video",  # no known container in it
+    "no-video-stream",  # audio or subtitles only
+    "corrupt",  # a container that cannot be decoded
+    "too-large",  # resolution, duration or frame budget exceeded
+    "duplicate",  # the same bytes as an earlier file
+    "timeout",  # ffmpeg ran out of wall-clock time
+    "resources",  # ffmpeg ran out of memory or was killed
+)
+FILTER_REASONS = ("too-short",)
+Outcome = Literal["rejected", "filtered"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRef:
+    """One input of a corpus, before anything opened it. `path` is relative to the corpus root, with `/`."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    caption: str | None = None
+    label: str | None = None
+    split: Split | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipSpan:
+    """The part `[start_s, end_s)` of a video that becomes one sample."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """Why an input is in no shard: it failed (`rejected`) or a threshold left it out on purpose (`filtered`).
+
+    `key` is empty where the whole video failed before it had one.
+    """
+
+    path: str
+    stage: Literal["plan", "shard", "tokenize"]
+    reject_class: str
+    reason: str
+    outcome: Outcome = "rejected"
+    key: str = ""
+    attempts: int = 1
+
+
+INPUT_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("caption", pa.string()),
+        ("label", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+REJECT_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("key", pa.string()),
+        ("stage", pa.string()),
+        ("outcome", pa.string()),
+        ("reject_class", pa.string()),
+        ("reason", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+
+# Columns that clip and token datasets share. `offset`/`size` locate the payload (the video file, or the raw uint16
+# values after the .npy header) in the shard, so a reader needs no tar parser; `sha256` is over that payload.
+_COMMON = [
+    ("key", pa.string()),
+    ("video_id", pa.string()),
+    ("source", pa.string()),
+    ("start_s", pa.float64()),
+    ("end_s", pa.float64()),
+    ("offset", pa.int64()),
+    ("size", pa.int64()),
+    ("sha256", pa.string()),
+    ("json_offset", pa.int64()),
+    ("json_size", pa.int64()),
+    ("num_frames", pa.int32()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("caption", pa.string()),
+    ("label", pa.string()),
+    ("split", pa.string()),
+]
+CLIP_SCHEMA = pa.schema([*_COMMON, ("ext", pa.string()), ("fps", pa.float64()), ("codec", pa.string())])
+TOKEN_SCHEMA = pa.schema([*_COMMON, ("clip_sha256", pa.string()), ("fps", pa.float64())])
+
+
+class TokenBatch(TypedDict):
+    """What the loader hands to an objective: the contract between `pipeline` and `models`.
+
+    tokens: (b, v, t, h, w) int64 tensor; v clips a video; PAD where a video is too short.
+    seeds:  (b, v) int64 tensor; one per clip, from (seed, epoch, key, view) alone; masks are drawn from it.
+    keys:   list of b sample keys.
+    """
+
+    tokens: Any
+    seeds: Any
+    keys: list[str]
+
+
+def fingerprint(**parts: Any) -> str:
+    """Hex digest (32 characters) of `parts`, stable over runs and machines. Values must be plain JSON."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **parts}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def draw_split(video_id: str, val_fraction: float) -> Split:
+    """The split of a video: a hash of its id against `val_fraction`, so all its clips stand on one side."""
+    return "val" if int(hashlib.sha256(f"split:{video_id}".encode()).hexdigest()[:8], 16) < val_fraction * 2**32 else "train"
+
+
+def mix64(values: np.ndarray) -> np.ndarray:
+    """Avalanche each uint64 of `values` (the splitmix64 finaliser); wraps modulo 2**64."""
+    values = values.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
