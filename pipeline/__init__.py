@@ -1,1 +1,1 @@
-"""Data: corpus to shards to batches. Knows no model; only `stages` imports Ray, and only `loader` torch."""
+"""Data: corpus to shards to batches. Knows no model; only `stages` imports Ray, only `loader` and `frames` torch."""

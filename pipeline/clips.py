@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +22,16 @@ class ClipConfig:
     """Clips shorter than this many seconds are filtered as too-short."""
 
     def __post_init__(self) -> None:
-        if self.window_s <= 0:
-            raise ConfigError(f"clips.window_s = {self.window_s}: must be more than 0 s")
-        if self.min_s < 0:
-            raise ConfigError(f"clips.min_s = {self.min_s}: must be 0 s or more")
+        if self.mode not in ("whole", "window"):
+            raise ConfigError(f"clips.mode = {self.mode!r}: allowed are whole, window")
+        if not 0 < self.window_s < math.inf:
+            raise ConfigError(f"clips.window_s = {self.window_s}: must be more than 0 s, and finite")
+        if not 0 <= self.min_s < math.inf:
+            raise ConfigError(f"clips.min_s = {self.min_s}: must be 0 s or more, and finite")
         if self.mode == "window" and self.min_s > self.window_s:
-            raise ConfigError(f"clips.min_s = {self.min_s} exceeds clips.window_s = {self.window_s}: no clip could pass")
+            raise ConfigError(
+                f"clips.min_s = {self.min_s} exceeds clips.window_s = {self.window_s}: no clip could pass"
+            )
 
 
 def plan_clips(duration_s: float, config: ClipConfig) -> list[ClipSpan]:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,12 +23,17 @@ import pyarrow.parquet
 from pipeline.errors import ConfigError
 from pipeline.schema import Reject, VideoRef
 
-_MANIFEST_READERS = {
-    ".csv": pa.csv.read_csv,
+_MANIFEST_COLUMNS = {"video", "caption", "label", "split"}
+_MANIFEST_READERS: dict[str, Callable[[Path], pa.Table]] = {
+    # Everything is text: a label "007" or a video "0001" is not the number that a guess would make of it.
+    ".csv": lambda path: pa.csv.read_csv(
+        path,
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(_MANIFEST_COLUMNS, pa.string())),
+    ),
     ".jsonl": pa.json.read_json,
     ".parquet": pa.parquet.read_table,
 }
-_MANIFEST_COLUMNS = {"video", "caption", "label", "split"}
 
 
 def list_corpus(corpus: Path, include: str) -> tuple[Path, list[VideoRef], list[Reject]]:
@@ -56,13 +61,17 @@ def list_corpus(corpus: Path, include: str) -> tuple[Path, list[VideoRef], list[
             f"corpus {corpus}: no such folder or manifest; give a folder of videos, or a .csv, .jsonl or .parquet file "
             "with a column 'video'"
         )
-    refs, rejects = [], []
+    refs: list[VideoRef] = []
+    rejects: list[Reject] = []
     for path in sorted(entries):
         outcome = _examine(root, path, entries[path])
-        (refs if isinstance(outcome, VideoRef) else rejects).append(outcome)
+        if isinstance(outcome, VideoRef):
+            refs.append(outcome)
+        else:
+            rejects.append(outcome)
     if not entries:
         raise ConfigError(f"corpus {corpus}: no file in it matches {include!r}; check the folder or --include")
-    return root, refs, rejects  # type: ignore[return-value]
+    return root, refs, rejects
 
 
 def split_duplicates(root: Path, refs: list[VideoRef]) -> tuple[list[VideoRef], list[Reject]]:

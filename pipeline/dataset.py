@@ -200,7 +200,11 @@ def write_rejects(folder: Path, name: str, rejects: Sequence[Reject]) -> None:
 
 def read_rejects(folder: Path) -> list[Reject]:
     """Every input that is in no shard, in the order of shards."""
-    return [Reject(**row) for path in sorted((folder / "rejects").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [
+        Reject(**row)
+        for path in sorted((folder / "rejects").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
 
 
 def committed_shards(folder: Path, fingerprint: str) -> dict[int, Ledger]:
@@ -369,7 +373,7 @@ def _verify_books(folder: Path, meta: DatasetMeta, shards: dict[int, Ledger]) ->
 def _differences(folder: Path, existing: DatasetMeta, wanted: DatasetMeta, inputs: pa.Table | None) -> str:
     parts = [
         f"setting {name} = {old!r} (now {new!r})"
-        for name, old, new in _config_differences(existing.config, wanted.config)
+        for name, old, new in config_differences(existing.config, wanted.config)
     ]
     if existing.parent_fingerprint != wanted.parent_fingerprint:
         parts.append(f"parent dataset {existing.parent_fingerprint} (now {wanted.parent_fingerprint})")
@@ -383,15 +387,20 @@ def _changed_inputs(folder: Path, inputs: pa.Table | None) -> str:
         return "unknown which"
     old, new = ({row["path"]: row for row in table.to_pylist()} for table in (pq.read_table(folder / _INPUTS), inputs))
     words = {(False, True): "added", (True, False): "removed", (True, True): "changed"}
-    changes = [f"{words[path in old, path in new]}: {path}" for path in sorted(old.keys() | new) if old.get(path) != new.get(path)]
+    changes = [
+        f"{words[path in old, path in new]}: {path}"
+        for path in sorted(old.keys() | new)
+        if old.get(path) != new.get(path)
+    ]
     more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
     return ", ".join(changes[:5]) + more
 
 
-def _config_differences(old: Any, new: Any, name: str = "") -> Iterable[tuple[str, Any, Any]]:
+def config_differences(old: Any, new: Any, name: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every setting that differs between two configs as plain JSON."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            yield from _config_differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from config_differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
 

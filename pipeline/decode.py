@@ -29,8 +29,8 @@ class FrameConfig:
     """Side of the square crop in pixels; the shorter side of the video is scaled to it."""
 
     def __post_init__(self) -> None:
-        if self.fps <= 0:
-            raise ConfigError(f"frames.fps = {self.fps}: must be more than 0")
+        if not 0 < self.fps < math.inf:
+            raise ConfigError(f"frames.fps = {self.fps}: must be more than 0, and finite")
         if self.size_px < 8 or self.size_px % 8:
             raise ConfigError(f"frames.size_px = {self.size_px}: must be a multiple of 8 px")
 
@@ -67,7 +67,11 @@ def decode_frames(source: IO[bytes], duration_s: float, config: FrameConfig, lim
     stream = _open(source, limits).filter("fps", fps=config.fps)
     # Bicubic with exact rounding: the same pixels on every CPU, whatever SIMD it has.
     stream = stream.filter(
-        "scale", side, side, force_original_aspect_ratio="increase", flags="bicubic+accurate_rnd+full_chroma_int+bitexact"
+        "scale",
+        side,
+        side,
+        force_original_aspect_ratio="increase",
+        flags="bicubic+accurate_rnd+full_chroma_int+bitexact",
     ).filter("crop", side, side)
     command = stream.output("pipe:", format="rawvideo", pix_fmt="rgb24", **{"threads": 1}).compile()
     # Rates are rarely exact, so a second's worth of slack stands between an honest file and an endless one.
@@ -78,8 +82,8 @@ def decode_frames(source: IO[bytes], duration_s: float, config: FrameConfig, lim
     return np.frombuffer(raw, np.uint8)[: len(raw) // frame_bytes * frame_bytes].reshape(-1, side, side, 3)
 
 
-def require_decodable(source: IO[bytes], duration_s: float, limits: FfmpegLimits) -> None:
-    """Check that a frame can be decoded at nine tenths of the stated duration.
+def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) -> None:
+    """Check that a frame can be decoded at nine tenths of the stated duration, or two frames before its end.
 
     Finds files that were cut off, or whose data is not what the header says; a duration overstated by less than a
     tenth, which is common, passes. Costs a seek and a few frames; only a file that fails this (some codecs cannot
@@ -88,7 +92,8 @@ def require_decodable(source: IO[bytes], duration_s: float, limits: FfmpegLimits
     Raises:
         BadVideo: `corrupt`, or a limit was exceeded.
     """
-    start_s = 0.9 * duration_s
+    # The last of n frames starts at (n - 1) / n of the duration, which is before nine tenths in a short video.
+    start_s = max(0.0, min(0.9 * info.duration_s, info.duration_s - 2 / info.fps))
     try:
         if _has_frame(_open(source, limits, ss=start_s), 0.0, source, limits):
             return
@@ -96,10 +101,15 @@ def require_decodable(source: IO[bytes], duration_s: float, limits: FfmpegLimits
         if bad.reject_class != "corrupt":
             raise
     if not _has_frame(_open(source, limits), start_s, source, limits):
-        raise BadVideo("corrupt", f"states {duration_s:.3f} s, but holds no frame from {start_s:.3f} s on: cut off or damaged")
+        raise BadVideo(
+            "corrupt",
+            f"states {info.duration_s:.3f} s, but holds no frame from {start_s:.3f} s on: cut off or damaged",
+        )
 
 
-def transcode(source: IO[bytes], span: ClipSpan, config: TranscodeConfig, limits: FfmpegLimits) -> tuple[bytes, VideoInfo]:
+def transcode(
+    source: IO[bytes], span: ClipSpan, config: TranscodeConfig, limits: FfmpegLimits
+) -> tuple[bytes, VideoInfo]:
     """The span as an MP4 file (H.264, no audio); the same input gives the same bytes. With its metadata.
 
     Raises:
@@ -147,7 +157,7 @@ def open_bytes(data: bytes) -> IO[bytes]:
 
 def _has_frame(stream: Any, start_s: float, source: IO[bytes], limits: FfmpegLimits) -> bool:
     stream = stream.filter("trim", start=start_s).filter("scale", 16, 16)
-    command = stream.output("pipe:", format="rawvideo", pix_fmt="gray", vframes=1).compile()
+    command = stream.output("pipe:", format="rawvideo", pix_fmt="gray", vframes=1, **{"threads": 1}).compile()
     return bool(ffmpeg.run(_quiet(command), source, limits, max_output_bytes=16 * 16))
 
 

@@ -8,6 +8,7 @@ point at another file (playlists, concat scripts, image sequences, SDP).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import resource
@@ -24,7 +25,9 @@ from pipeline.errors import BadVideo, ConfigError
 
 # Containers with timestamps. Elementary streams (.m1v, .h264) are left out: their duration can only be guessed. Audio
 # formats are in, so that a sound file is rejected as what it is.
-DEMUXERS = "3g2,3gp,aac,asf,avi,dv,f4v,flac,flv,gif,ivf,matroska,mj2,mov,mp3,mp4,mpeg,mpegts,mxf,nut,ogg,rm,wav,webm,wtv"
+DEMUXERS = (
+    "3g2,3gp,aac,asf,avi,dv,f4v,flac,flv,gif,ivf,matroska,mj2,mov,mp3,mp4,mpeg,mpegts,mxf,nut,ogg,rm,wav,webm,wtv"
+)
 _STDERR_TAIL_BYTES = 600
 
 
@@ -42,8 +45,8 @@ class FfmpegLimits:
     """Longest video, in seconds."""
 
     def __post_init__(self) -> None:
-        if min(self.timeout_s, self.memory_bytes, self.max_pixels, self.max_duration_s) <= 0:
-            raise ConfigError(f"limits: every value must be positive, got {self}")
+        if not all(0 < v < math.inf for v in (self.timeout_s, self.memory_bytes, self.max_pixels, self.max_duration_s)):
+            raise ConfigError(f"limits: every value must be positive and finite, got {self}")
 
 
 def input_options(limits: FfmpegLimits) -> dict[str, str | int]:
@@ -90,7 +93,9 @@ def run(args: Sequence[str], source: IO[bytes], limits: FfmpegLimits, max_output
     if process.returncode in (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT):
         raise BadVideo("resources", f"{args[0]} was killed by signal {-process.returncode}: {tail}")
     if process.returncode != 0:
-        reject_class = "resources" if "Cannot allocate memory" in tail else "corrupt"
+        # 127 is the dynamic loader's: it could not map ffmpeg's own libraries, which says nothing about the video.
+        no_memory = process.returncode == 127 or "Cannot allocate memory" in tail
+        reject_class = "resources" if no_memory else "corrupt"
         raise BadVideo(reject_class, f"{args[0]} failed: {tail or 'no message'}")
     return output
 
@@ -123,7 +128,9 @@ def _read(process: subprocess.Popen[bytes], limits: FfmpegLimits, max_output_byt
             chunks.append(chunk)
             size += len(chunk)
             if size > max_output_bytes:
-                raise BadVideo("too-large", f"ffmpeg wrote more than the {max_output_bytes} bytes that the probe promised")
+                raise BadVideo(
+                    "too-large", f"ffmpeg wrote more than the {max_output_bytes} bytes that the probe promised"
+                )
     try:
         process.wait(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.dataset import read_index, read_meta
 from pipeline.decode import FrameConfig
@@ -63,6 +64,7 @@ class FrameLoader:
         self._settings = TokenizeSettings(frames=config.frames)
         self._order = GlobalOrder(np.array([row["shard"] for row in self._rows]), config.seed, fingerprint, 64)
         self._key_hashes = hash_keys([row["key"] for row in self._rows])
+        self.unit, self.units_per_step = "frames", config.batch_size
         clips = config.batch_size // config.frames_per_clip
         self._step_clips, self._slice = clips, (rank * clips // world_size, (rank + 1) * clips // world_size)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -73,7 +75,7 @@ class FrameLoader:
         return len(self._rows)
 
     def batch(self, step: int) -> dict[str, Any]:
-        """{"frames": uint8 (b h w c) array, "keys": list of clip keys}: this rank's part of the batch of `step`.
+        """{"frames": uint8 (b h w c) tensor, "keys": list of clip keys}: this rank's part of the batch of `step`.
 
         A clip that cannot be decoded (a damaged shard; the shard stage has decoded each one) gives grey frames rather
         than another clip's, so that the order stands.
@@ -85,7 +87,7 @@ class FrameLoader:
         frames = []
         for place, clip in enumerate(self._decode([int(sample) for sample in samples])):
             frames += [clip[int(draw[place] % np.uint64(len(clip)))] for draw in draws]
-        return {"frames": np.stack(frames), "keys": [self._rows[sample]["key"] for sample in samples]}
+        return {"frames": torch.from_numpy(np.stack(frames)), "keys": [self._rows[sample]["key"] for sample in samples]}
 
     def _decode(self, samples: list[int]) -> list[np.ndarray]:
         missing = sorted({sample for sample in samples if sample not in self._cache})

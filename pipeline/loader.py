@@ -51,7 +51,15 @@ class TokenLoader:
     """
 
     def __init__(
-        self, folder: Path, config: LoaderConfig, *, window: tuple[int, int, int], num_views: int, pad: int, rank: int, world_size: int
+        self,
+        folder: Path,
+        config: LoaderConfig,
+        *,
+        window: tuple[int, int, int],
+        num_views: int,
+        pad: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         if config.batch_size % world_size:
             raise ConfigError(f"loader.batch_size = {config.batch_size} does not divide by the {world_size} workers")
@@ -63,6 +71,8 @@ class TokenLoader:
             )
         self._config, self._num_views = config, num_views
         self._order = GlobalOrder(self._reader.shards, config.seed, self._reader.fingerprint, config.shards_per_block)
+        self.unit = "tokens"
+        self.units_per_step = config.batch_size * num_views * window[0] * window[1] * window[2]
         share = config.batch_size // world_size
         self._slice = (rank * share, (rank + 1) * share)
 
@@ -92,10 +102,13 @@ class WindowReader:
 
     def __init__(self, folder: Path, split: Split | Literal["all"], window: tuple[int, int, int], pad: int) -> None:
         self._folder, self._window, self._pad = folder, window, pad
+        self.num_frames = window[0]
         self.fingerprint = read_meta(folder, kind="tokens", complete=True).fingerprint
         self.index = read_index(folder)
         if split != "all":
-            self.index = self.index.filter(np.array(self.index["split"].to_pylist()) == split) if len(self.index) else self.index
+            self.index = (
+                self.index.filter(np.array(self.index["split"].to_pylist()) == split) if len(self.index) else self.index
+            )
         grids = set(zip(self.index["height"].to_pylist(), self.index["width"].to_pylist(), strict=True))
         if grids - {window[1:]}:
             raise ConfigError(f"{folder} holds grids of {sorted(grids)} tokens; the model takes {window[1:]}")

@@ -57,8 +57,8 @@ def draw_seeds(seed: int, epochs: np.ndarray, key_hashes: np.ndarray, stream: in
         key_hashes: uint64 (n,) of `hash_keys`.
         stream: tells uses of the same sample apart (a view, a window start).
     """
-    state = mix64(key_hashes ^ mix64(epochs.astype(np.uint64) + np.uint64(seed) * np.uint64(0x10001)))
-    return mix64(state + np.uint64(stream + 1) * np.uint64(0x9E3779B97F4A7C15))
+    state = mix64(key_hashes ^ mix64(epochs.astype(np.uint64) + np.uint64(seed * 0x10001 % 2**64)))
+    return mix64(state + np.uint64((stream + 1) * 0x9E3779B97F4A7C15 % 2**64))
 
 
 def hash_keys(keys: list[str]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import IO, Any
@@ -49,7 +50,13 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
 
 def _command(source: IO[bytes], limits: FfmpegLimits) -> list[str]:
     # ffmpeg-python's own probe() can neither pass a descriptor nor bound its time, hence the plain list.
-    options = [word for name, value in ffmpeg.input_options(limits).items() for word in (f"-{name}", str(value))]
+    # No max_pixels here: the probe decodes next to nothing, and it shall report the size that is then refused by name.
+    options = [
+        word
+        for name, value in ffmpeg.input_options(limits).items()
+        if name != "max_pixels"
+        for word in (f"-{name}", str(value))
+    ]
     show = ["-show_format", "-show_streams", "-select_streams", "v", "-of", "json"]
     return ["ffprobe", "-v", "error", *options, *show, ffmpeg.source_url(source)]
 
@@ -60,8 +67,12 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
     if rotation % 180:
         width, height = height, width
     fps = _rate(stream.get("avg_frame_rate")) or _rate(stream.get("r_frame_rate"))
-    # The stream's own duration first: sound often lasts longer than the picture.
-    duration_s = _number(stream.get("duration")) or _number(report.get("format", {}).get("duration"))
+    # The stream's own duration first: sound often lasts longer than the picture. Matroska has it as a tag.
+    duration_s = (
+        _number(stream.get("duration"))
+        or _clock(stream.get("tags", {}).get("DURATION"))
+        or _number(report.get("format", {}).get("duration"))
+    )
     if not duration_s and fps:
         duration_s = _number(stream.get("nb_frames")) / fps
     return VideoInfo(
@@ -97,6 +108,12 @@ def _rate(text: str | None) -> float:
     if not float(denominator or 1):
         return 0.0
     return float(Fraction(int(numerator), int(denominator or 1)))
+
+
+def _clock(text: Any) -> float:
+    """Seconds of "HH:MM:SS.fraction", 0 for anything else."""
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", str(text), re.ASCII)
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
 
 
 def _number(value: Any) -> float:

@@ -138,7 +138,11 @@ def fingerprint(**parts: Any) -> str:
 
 def draw_split(video_id: str, val_fraction: float) -> Split:
     """The split of a video: a hash of its id against `val_fraction`, so all its clips stand on one side."""
-    return "val" if int(hashlib.sha256(f"split:{video_id}".encode()).hexdigest()[:8], 16) < val_fraction * 2**32 else "train"
+    return (
+        "val"
+        if int(hashlib.sha256(f"split:{video_id}".encode()).hexdigest()[:8], 16) < val_fraction * 2**32
+        else "train"
+    )
 
 
 def mix64(values: np.ndarray) -> np.ndarray:

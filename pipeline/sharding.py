@@ -8,7 +8,6 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-
 import pyarrow as pa
 
 from pipeline.clips import ClipConfig, plan_clips
@@ -41,8 +40,12 @@ class ShardSettings:
     limits: FfmpegLimits = field(default_factory=FfmpegLimits)
 
     def __post_init__(self) -> None:
+        if self.storage not in ("copy", "transcode"):
+            raise ConfigError(f"storage = {self.storage!r}: allowed are copy, transcode")
         if self.storage == "copy" and self.clips.mode != "whole":
-            raise ConfigError(f"storage = copy keeps whole videos; clips.mode = {self.clips.mode} needs storage = transcode")
+            raise ConfigError(
+                f"storage = copy keeps whole videos; clips.mode = {self.clips.mode} needs storage = transcode"
+            )
         if self.videos_per_shard < 1:
             raise ConfigError(f"videos_per_shard = {self.videos_per_shard}: must be 1 or more")
         if not 0 <= self.val_fraction < 1:
@@ -100,7 +103,9 @@ def list_inputs(plan: ShardPlan) -> pa.Table:
     return pa.Table.from_pylist([asdict(ref) for item in plan.items for ref in item], schema=INPUT_SCHEMA)
 
 
-def write_clip_shard(out: Path, meta: DatasetMeta, shard: int, root: Path, refs: list[VideoRef], settings: ShardSettings) -> Ledger:
+def write_clip_shard(
+    out: Path, meta: DatasetMeta, shard: int, root: Path, refs: list[VideoRef], settings: ShardSettings
+) -> Ledger:
     """Turn the videos of one work item into one committed shard, and return its books. Bad videos become rejects."""
     writer = ShardWriter(out, meta, shard)
     rejects: list[Reject] = []
@@ -133,7 +138,7 @@ class _Video:
             with self._open() as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
                 info = probe(file, self._settings.limits)
-                require_decodable(file, info.duration_s, self._settings.limits)
+                require_decodable(file, info, self._settings.limits)
                 for span in plan_clips(info.duration_s, self._settings.clips):
                     yield self._read_span(file, digest, info, span)
         except BadVideo as bad:

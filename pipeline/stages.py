@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,21 +16,22 @@ import ray
 import ray.data
 
 from pipeline.dataset import DatasetMeta
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, OnShard
 from pipeline.schema import VideoRef
 from pipeline.sharding import ShardPlan, ShardSettings, write_clip_shard
 from pipeline.tokenizing import Decoded, Encode, TokenizeSettings, decode_clip, read_clip_rows, write_token_shard
 
-OnShard = Callable[[int, Ledger], None]
 
-
-def run_shard(plan: ShardPlan, out: Path, meta: DatasetMeta, settings: ShardSettings, todo: list[int], on_shard: OnShard) -> None:
+def run_shard(
+    plan: ShardPlan, out: Path, meta: DatasetMeta, settings: ShardSettings, todo: list[int], on_shard: OnShard
+) -> None:
     """Write the shards `todo` of `plan`, one Ray Data item each, on all CPUs of the cluster.
 
     A killed worker's shard is done again by Ray; nothing of its first try can be seen.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the job shows its own, with reject counts
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would report that, and its execution plan, as news
     items = [{"shard": shard, "refs": json.dumps([asdict(ref) for ref in plan.items[shard]])} for shard in todo]
 
     def write(item: dict[str, Any]) -> dict[str, Any]:
@@ -61,18 +63,24 @@ def run_tokenize(
     encoder_class = ray.remote(_Encoder).options(
         max_concurrency=2, max_restarts=-1, max_task_retries=-1, **encoder_resources
     )
-    encoders = [encoder_class.remote(clips, out, meta, settings, make_encode) for _ in range(min(num_encoders, len(todo)))]
+    encoders: list[Any] = [
+        encoder_class.remote(clips, out, meta, settings, make_encode) for _ in range(min(num_encoders, len(todo)))
+    ]
     waiting = deque(todo)
     running: dict[ray.ObjectRef, tuple[int, Any]] = {}
+
+    def start_next(encoder: Any) -> None:
+        if waiting:
+            shard = waiting.popleft()
+            running[encoder.write_shard.remote(shard)] = (shard, encoder)
+
     for encoder in [*encoders, *encoders]:
-        if waiting:
-            running[encoder.write_shard.remote(waiting[0])] = (waiting.popleft(), encoder)
+        start_next(encoder)
     while running:
-        done, _ = ray.wait(list(running))
-        shard, encoder = running.pop(done[0])
-        on_shard(shard, Ledger.from_json(ray.get(done[0])))
-        if waiting:
-            running[encoder.write_shard.remote(waiting[0])] = (waiting.popleft(), encoder)
+        done = ray.wait(list(running))[0][0]
+        shard, encoder = running.pop(done)
+        on_shard(shard, Ledger.from_json(ray.get(done)))
+        start_next(encoder)
 
 
 _DECODE_WINDOW = 8

@@ -134,7 +134,7 @@ def encode_clips(
         waiting.append((row, len(clip)))
         frames.append(clip)
         while sum(map(len, frames)) >= batch_frames:
-            joined = np.concatenate(frames)
+            joined = np.concatenate(frames) if len(frames) > 1 else frames[0]  # a long clip is not copied per batch
             codes.append(encode(joined[:batch_frames]))
             frames = [joined[batch_frames:]]
         yield from drain()

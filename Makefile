@@ -1,0 +1,41 @@
+# make demo, make test: on a fresh machine these two commands do all the set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= demo
+
+.PHONY: setup demo test lint types golden ui clean
+
+setup: $(READY)
+
+# CPU, CUDA or ROCm wheels of torch: whatever pip finds for this version here.
+$(READY): pyproject.toml constraints.txt infra/install_ffmpeg.sh
+	sh infra/install_ffmpeg.sh
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenreel needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/tokenreel demo --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
+
+test: setup
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+# Writes the losses that tests/golden compares with; a change of them needs a reason in docs/decisions.md.
+golden: setup
+	$(BIN)/python -m pytest tests/golden --update-golden
+
+ui: setup
+	$(BIN)/tokenreel ui
+
+clean:
+	rm -rf $(OUT) mlflow.db mlartifacts mlruns

@@ -1,0 +1,147 @@
+"""The command `tokenreel`: one subcommand a job, its options made from the job's config dataclass.
+
+For scripts: logs and progress go to stderr; the last line of stdout is one JSON object; the exit code is 0 done,
+1 failed, 2 bad usage or config, 3 done with more rejects than allowed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jobs.result import JobResult
+from pipeline.errors import ConfigError, TokenreelError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    module: str
+    config: str
+    summary: str
+
+
+# Names only: a job's module, and with it torch, Ray or MLflow, is imported when that job runs.
+_JOBS = {
+    "doctor": _Job(module="jobs.doctor", config="DoctorConfig", summary="check this machine, and say what to do"),
+    "demo": _Job(module="jobs.demo", config="DemoConfig", summary="run every stage on real videos, here"),
+    "shard": _Job(module="jobs.shard", config="ShardConfig", summary="videos -> clip dataset"),
+    "train-tokenizer": _Job(
+        module="jobs.train_tokenizer", config="TrainTokenizerConfig", summary="clips -> VQ-VAE tokenizer"
+    ),
+    "tokenize": _Job(module="jobs.tokenize", config="TokenizeConfig", summary="clips + tokenizer -> token dataset"),
+    "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
+    "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
+    "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
+    "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with the job's code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line; prints the result's JSON line and returns the exit code."""
+    logging.basicConfig(
+        level=os.environ.get("TOKENREEL_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        if name not in _JOBS:
+            raise ConfigError(f"no job {name!r}; allowed: {', '.join(_JOBS)}. See tokenreel --help")
+        result = _run_job(name, argv[1:])
+    except SystemExit as stop:  # --help, or a usage error that tyro has explained
+        if stop.code in (0, None):
+            return 0
+        result = _failure(name, "usage", "bad usage; see the message on stderr")
+    except ConfigError as error:
+        result = _failure(name, "usage", str(error))
+    except TokenreelError as error:
+        result = _failure(name, "failed", str(error))
+    except KeyboardInterrupt:
+        result = _failure(name, "failed", "interrupted; run the same command again to resume")
+    except BrokenPipeError:  # `tokenreel shard --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        log.exception("%s failed", name)
+        result = _failure(name, "failed", f"{type(error).__name__}: {error}")
+    sys.stderr.flush()
+    print(result.to_json(), flush=True)
+    return result.exit_code
+
+
+def _run_job(name: str, argv: list[str]) -> JobResult:
+    job = _JOBS[name]
+    module = importlib.import_module(job.module)
+    config = _parse(f"tokenreel {name}", getattr(module, job.config), argv)
+    result: JobResult = module.run(config)
+    return result
+
+
+def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
+    default = None
+    if kind.__name__ == "PretrainConfig":
+        from jobs.recipes import RECIPES, find_recipe
+
+        if not argv or argv[0].startswith("-"):
+            if argv and argv[0] in ("-h", "--help"):
+                print(f"usage: {program} RECIPE --tokens TOKENS --out RUN [options]\n\nrecipes:")
+                print(
+                    "\n".join(f"  {name:<16} {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+                )
+                print(f"\n{program} RECIPE --help lists the options with that recipe's values.")
+                raise SystemExit(0)
+            raise ConfigError(f"{program}: the recipe comes first; allowed: {', '.join(RECIPES)}")
+        default, program, argv = find_recipe(argv[0]), f"{program} {argv[0]}", argv[1:]
+    saved, argv = _take_option(argv, "--config")
+    if saved is not None:
+        from jobs.config import load_config
+
+        default = load_config(Path(saved), kind)
+    try:
+        # tyro prints an error's own text for ValueError; a ConfigError from __post_init__ passes through to `run`.
+        options: dict[str, Any] = {} if default is None else {"default": default}
+        return tyro.cli(kind, prog=program, args=argv, **options)
+    except ValueError as error:  # a model's config says what is wrong with a value in these
+        raise ConfigError(str(error)) from error
+
+
+def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    for place, word in enumerate(argv):
+        if word == name and place + 1 < len(argv):
+            return argv[place + 1], argv[:place] + argv[place + 2 :]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2], argv[:place] + argv[place + 1 :]
+    return None, argv
+
+
+def _failure(job: str, status: str, error: str) -> JobResult:
+    log.error("%s: %s", job, error)
+    return JobResult(job=job, out="", status="usage" if status == "usage" else "failed", figures={"error": error})
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<16} {job.summary}" for name, job in _JOBS.items())
+    return (
+        "usage: tokenreel JOB [options]\n\nRaw video to shards, to VQ-VAE tokens, to pre-trained video models, on Ray.\n\n"
+        f"jobs:\n{rows}\n\n"
+        "tokenreel JOB --help lists a job's options. --config FILE runs a saved config.json again.\n"
+        "The last line of stdout is one JSON object. Exit codes: 0 done, 1 failed, 2 bad usage or config,\n"
+        "3 done, with more rejects than --max-reject-fraction."
+    )

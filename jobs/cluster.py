@@ -1,0 +1,37 @@
+"""Ray as the jobs use it: the cluster that RAY_ADDRESS names, or a local one for the time of the job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[None]:
+    """A Ray connection for the body. One that exists is used and left alone, so jobs can share a cluster."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # What workers log stays in Ray's session folder; errors travel in exceptions, and progress in journals.
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    resources = ray.cluster_resources()
+    log.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def count(resource: str) -> float:
+    """How much of "CPU" or "GPU" the connected cluster has."""
+    import ray
+
+    return float(ray.cluster_resources().get(resource, 0.0))

@@ -1,0 +1,61 @@
+"""Config dataclasses to plain JSON and back, strictly: an unknown name is an error, never ignored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import ConfigError
+
+T = TypeVar("T")
+CONFIG_NAME = "config.json"
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """`config` as JSON knows it: nested dicts, lists for tuples, strings for paths."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain
+
+
+def save_config(folder: Path, config: Any) -> Path:
+    """Write `folder/config.json`, which `--config` reads back."""
+    path = folder / CONFIG_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_plain(config), indent=2) + "\n")
+    return path
+
+
+def load_config(path: Path, kind: type[T]) -> T:
+    """The config that a file holds.
+
+    Raises:
+        ConfigError: no such file, not JSON, an unknown name, or a value that is not allowed.
+    """
+    try:
+        plain = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from error
+    return from_plain(plain, kind, str(path))
+
+
+def from_plain(plain: dict[str, Any], kind: type[T], where: str) -> T:
+    """The inverse of `to_plain`; `where` names the source in errors."""
+    try:
+        config = TypeAdapter(kind).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"config {where}: {place or kind.__name__}: {first['msg']}") from None
+    if unknown := sorted(_names(plain) - _names(to_plain(config))):
+        raise ConfigError(f"config {where}: unknown names {unknown}; allowed: {sorted(_names(to_plain(config)))}")
+    return config
+
+
+def _names(plain: Any, prefix: str = "") -> set[str]:
+    if not isinstance(plain, dict):
+        return {prefix}
+    return {name for key, value in plain.items() for name in _names(value, f"{prefix}.{key}" if prefix else key)}

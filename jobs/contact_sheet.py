@@ -1,0 +1,254 @@
+"""Pictures a person looks at: one self-contained HTML page of frame strips, and PNG grids for MLflow.
+
+Corpora are untrusted: file names and captions are escaped, the page holds no script, and its content policy lets a
+browser load nothing but the images that are inside it.
+
+Axes: t frames, h height, w width, c channels (RGB or 1 grey); gh gw a mask's grid, which covers the whole frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Role = Literal["original", "reconstruction", "masked", "predicted"]
+
+_LEGEND: dict[str, str] = {
+    "original": "frames as decoded",
+    "reconstruction": "tokens decoded back to frames",
+    "masked": "what the model sees; hatched patches are hidden",
+    "predicted": "hidden patches filled in by the model",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strip:
+    """The frames of one clip, side by side. frames: uint8 (t h w c), c 1 or 3; role: its colour in the legend."""
+
+    label: str
+    frames: np.ndarray
+    role: Role = "original"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One clip: its caption (a file name, a text) and strips that are compared with each other, one below the other."""
+
+    caption: str
+    strips: Sequence[Strip]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A heading, one sentence that says what to look for, and rows."""
+
+    heading: str
+    note: str
+    rows: Sequence[Row]
+
+
+def write_contact_sheet(
+    path: Path, *, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], max_frames: int = 8
+) -> None:
+    """Write one HTML file that needs nothing else, by rename: a reader sees the old page or the whole new one.
+
+    Args:
+        path: the file; its folder must be there.
+        title: the page's heading.
+        facts: name and value pairs under the heading, such as fingerprint, checkpoint step, PSNR.
+        sections: in the order of the page.
+        max_frames: a longer strip shows this many of its frames, evenly spaced, the first and the last among them.
+
+    Raises:
+        ValueError: frames are not uint8 (t h w c) with c 1 or 3.
+        OSError: the file cannot be written.
+    """
+    roles = [
+        role for role in _LEGEND if any(s.role == role for sec in sections for row in sec.rows for s in row.strips)
+    ]
+    legend = "".join(f'<li class="{role}"><b>{role}</b> {_LEGEND[role]}</li>' for role in roles)
+    body = "".join(_render_section(section, max_frames) for section in sections)
+    terms = "".join(f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in facts)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{_escape(title)}</title><style>{_CSS}</style></head><body>"
+        f"<header><h1>{_escape(title)}</h1><dl>{terms}</dl><ul>{legend}</ul></header>"
+        f"<main>{body}</main></body></html>\n"
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold bytes that are no UTF-8
+    temporary.replace(path)
+
+
+def overlay_mask(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of `frames` whose masked patches are dark, almost grey and hatched; the others are untouched.
+
+    Args:
+        frames: uint8 (t h w c).
+        mask: bool (t gh gw), True where hidden; its t may also divide the frames' t (one mask a tubelet).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_frames(frames)
+    t, h, w, _ = frames.shape
+    if mask.ndim != 3 or mask.shape[0] == 0 or t % mask.shape[0] or mask.shape[1] > h or mask.shape[2] > w:
+        raise ValueError(f"mask (t gh gw) is {mask.shape}; for frames {frames.shape} its t must divide {t}")
+    gh, gw = mask.shape[1:]
+    rows, columns = np.arange(h) * gh // h, np.arange(w) * gw // w
+    hidden = np.repeat(mask.astype(bool), t // mask.shape[0], axis=0)[:, rows][:, :, columns]
+    period = max(4, min(h // gh, w // gw) // 2)
+    y, x = np.mgrid[:h, :w]
+    hatch = (x + y) % period < max(1, period // 4)
+    grey = frames.mean(axis=-1, keepdims=True) * 0.22 + 22
+    dim = np.where(hatch[None, :, :, None], 118.0, grey * 0.8 + frames * 0.08)
+    return np.where(hidden[..., None], dim, frames).astype(np.uint8)
+
+
+def save_png_grid(path: Path, rows_of_strips: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> None:
+    """Save a labelled PNG, by rename: a row a clip, in it a line of frames for each strip.
+
+    Args:
+        path: `out/pictures/NAME_STEP.png` for MLflow; its folder is made.
+        rows_of_strips: for each clip its strips, uint8 (t h w c); sizes may differ.
+        labels: one name for each strip of a row, such as original, masked, predicted.
+
+    Raises:
+        ValueError: frames are not uint8 (t h w c), or a row has another number of strips than there are labels.
+        OSError: the file cannot be written.
+    """
+    if not rows_of_strips or any(len(row) != len(labels) for row in rows_of_strips):
+        raise ValueError(
+            f"rows have {[len(row) for row in rows_of_strips]} strips, {len(labels)} labels: {list(labels)}"
+        )
+    font = ImageFont.load_default(13)
+    margin, gap, row_gap = 14, 3, 16
+    left = margin + int(max((font.getlength(label) for label in labels), default=0)) + 12
+    lines = [[_stack(strip, _zoom(strip), gap) for strip in row] for row in rows_of_strips]
+    width = left + max(image.width for row in lines for image in row) + margin
+    height = 2 * margin - row_gap + sum(sum(image.height + gap for image in row) - gap + row_gap for row in lines)
+    canvas = Image.new("RGB", (width, height), "#16181d")
+    draw, y = ImageDraw.Draw(canvas), margin
+    for row in lines:
+        for label, image in zip(labels, row, strict=True):
+            draw.text((left - 12, y + image.height // 2), label, "#c9ced6", font=font, anchor="rm")
+            canvas.paste(image, (left, y), image)
+            y += image.height + gap
+        y += row_gap - gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    canvas.save(temporary, "PNG")
+    temporary.replace(path)
+
+
+def _render_section(section: Section, max_frames: int) -> str:
+    rows = "".join(_render_row(row, max_frames) for row in section.rows)
+    return f"<section><h2>{_escape(section.heading)}</h2><p>{_escape(section.note)}</p>{rows}</section>"
+
+
+def _render_row(row: Row, max_frames: int) -> str:
+    strips = []
+    for strip in row.strips:
+        _check_frames(strip.frames)
+        t, h, w, _ = strip.frames.shape
+        shown = strip.frames[np.unique(np.linspace(0, t - 1, min(t, max_frames)).round().astype(int))]
+        uri = _encode(_stack(shown, 1, 0))
+        count = f"{t} frames" if len(shown) == t else f"{len(shown)} of {t} frames"
+        # Frames are butted in the image and parted by lines that the page draws, so a scaled strip keeps exact pixels.
+        strips.append(
+            f'<div class="strip {strip.role}"><span>{_escape(strip.label)}<i>{count}, {w}×{h}</i></span>'
+            f'<div class="frames" style="--n:{len(shown)}">'
+            f'<img src="{uri}" width="{w * len(shown)}" height="{h}" alt="{_escape(strip.label)}"></div></div>'
+        )
+    return f"<figure><figcaption>{_escape(row.caption)}</figcaption>{''.join(strips)}</figure>"
+
+
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3) or 0 in frames.shape:
+        raise ValueError(
+            f"frames must be uint8 (t h w c) with c 1 or 3 and no empty axis, not {frames.dtype} {frames.shape}"
+        )
+
+
+def _zoom(frames: np.ndarray) -> int:
+    """A whole factor that brings small frames to about 128 pixels."""
+    _check_frames(frames)
+    return max(1, 128 // max(frames.shape[1:3]))
+
+
+def _stack(frames: np.ndarray, zoom: int, gap: int) -> Image.Image:
+    """Frames side by side with transparent gaps, enlarged by whole pixels."""
+    t, h, w, _ = frames.shape
+    pixels = np.zeros((h * zoom, t * (w * zoom + gap) - gap, 4), np.uint8)
+    for index, frame in enumerate(np.broadcast_to(frames, (t, h, w, 3))):
+        x = index * (w * zoom + gap)
+        pixels[:, x : x + w * zoom, :3] = frame.repeat(zoom, 0).repeat(zoom, 1)
+        pixels[:, x : x + w * zoom, 3] = 255
+    return Image.fromarray(pixels, "RGBA")
+
+
+def _encode(image: Image.Image) -> str:
+    """A data URI: PNG, exact, for small strips; WebP at high quality where PNG would make the page heavy."""
+    buffer = io.BytesIO()
+    small = image.width * image.height <= 1 << 16
+    if small or image.width > 16383:  # WebP's limit
+        image.convert("RGB").save(buffer, "PNG")
+        kind = "png"
+    else:
+        image.convert("RGB").save(buffer, "WEBP", quality=88, method=4)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _escape(text: str) -> str:
+    return html.escape(str(text), quote=True)
+
+
+_CSS = """
+:root{color-scheme:light dark;--bg:#fbfbfa;--fg:#1c1e21;--dim:#6b7078;--line:#e3e4e1;--card:#fff;
+--original:#7b818b;--reconstruction:#0a7f6f;--masked:#b26a00;--predicted:#5b4bd6}
+@media(prefers-color-scheme:dark){:root{--bg:#131518;--fg:#e8eaed;--dim:#989ea8;--line:#2b2f35;--card:#1a1d21;
+--original:#8d949f;--reconstruction:#35c2ac;--masked:#e9a23b;--predicted:#9d91ff}}
+*{box-sizing:border-box;margin:0}
+body{background:var(--bg);color:var(--fg);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;
+max-width:1560px;margin:0 auto;padding:40px 32px 72px;overflow-wrap:anywhere}
+h1{font-size:27px;line-height:1.2;font-weight:650;letter-spacing:-.015em}
+h2{font-size:18px;font-weight:650;letter-spacing:-.005em}
+dl{display:flex;flex-wrap:wrap;gap:14px 34px;margin-top:20px}
+dt{color:var(--dim);font-size:12px;line-height:1.4}
+dd{font-variant-numeric:tabular-nums;font-weight:550}
+ul{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:6px 26px;margin-top:24px;padding-top:16px;
+border-top:1px solid var(--line);font-size:13px;color:var(--dim)}
+li b{color:var(--fg);font-weight:600;margin-right:3px}
+li::before{content:"";display:inline-block;width:10px;height:10px;border-radius:2px;background:var(--role);margin-right:8px}
+section{margin-top:44px}
+section>p{color:var(--dim);max-width:90ch;margin:2px 0 16px}
+figure{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px 16px 16px;margin-top:12px}
+figcaption{font-weight:550;font-size:14px;margin-bottom:10px}
+.strip{display:grid;grid-template-columns:132px minmax(0,1fr);gap:14px;align-items:center}
+.strip+.strip{margin-top:6px}
+.strip>span{font-size:13px;line-height:1.35;border-left:3px solid var(--role);padding-left:10px}
+.strip i{display:block;font-style:normal;font-size:11.5px;color:var(--dim);font-variant-numeric:tabular-nums}
+.frames{position:relative;max-width:calc(var(--n)*176px);border-radius:3px;overflow:hidden}
+.frames img{display:block;width:100%;height:auto;image-rendering:pixelated}
+.frames::after{content:"";position:absolute;inset:0;background:repeating-linear-gradient(90deg,
+transparent 0 calc(100%/var(--n) - 2px),var(--card) calc(100%/var(--n) - 2px) calc(100%/var(--n)))}
+.original{--role:var(--original)}.reconstruction{--role:var(--reconstruction)}
+.masked{--role:var(--masked)}.predicted{--role:var(--predicted)}
+@media(max-width:760px){body{padding:24px 16px 48px}
+.strip{grid-template-columns:1fr;gap:4px}.strip+.strip{margin-top:12px}}
+@media print{figure{break-inside:avoid}}
+""".replace("\n", "")

@@ -1,0 +1,290 @@
+"""`tokenreel evaluate`: what a pre-trained model has learnt, against simple baselines and the same network untrained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from jobs.checkpoint import list_checkpoints
+from jobs.config import CONFIG_NAME, load_config, to_plain
+from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
+from jobs.loop import seed_everything
+from jobs.pretrain import PretrainConfig, draw_predictions, load_objective
+from jobs.probes import make_tasks, probe, read_views
+from jobs.result import JobResult
+from jobs.tracking import DatasetInput, Tracker
+from models.vimpac import VimpacBackbone, VimpacObjective
+from pipeline.dataset import DatasetMeta, read_index, read_meta
+from pipeline.decode import FrameConfig
+from pipeline.errors import ConfigError
+from pipeline.loader import WindowReader
+from pipeline.order import draw_seeds
+from pipeline.schema import Reject, Split, fingerprint
+from pipeline.tokenizing import TokenizeSettings, decode_clip
+
+log = logging.getLogger(__name__)
+_SHEET_CLIPS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Measure a pre-trained model: masked-token accuracy against the unigram baseline, frozen-feature probes against
+    the same network untrained, and a contact sheet to look at."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run, made by `tokenreel pretrain`."""
+    tokens: Path | None = None
+    """Token dataset to measure on; by default the one that the run was trained on."""
+    max_windows: int = 256
+    """Windows, at most, that each figure is measured on."""
+    batch_size: int = 32
+    """Windows that go through the model at a time."""
+
+    def __post_init__(self) -> None:
+        if min(self.max_windows, self.batch_size) < 1:
+            raise ConfigError(f"max_windows = {self.max_windows} and batch_size = {self.batch_size} must be 1 or more")
+
+
+def run(config: EvaluateConfig) -> JobResult:
+    started_s = time.monotonic()
+    trained = load_run(config.run)
+    tokens = config.tokens or trained.tokens
+    meta = read_meta(tokens, kind="tokens", complete=True)
+    objective = load_objective(trained, list_checkpoints(config.run)[-1])
+    seed_everything(trained.loop.seed, -1, 0)  # as the run began, so that "untrained" is its own starting point
+    untrained = VimpacObjective(VimpacBackbone(trained.backbone), trained.objective).eval()
+    out = config.run / "evaluation"
+    inputs = [
+        DatasetInput(name=tokens.name, fingerprint=meta.fingerprint, uri=str(tokens.resolve()), context="evaluation")
+    ]
+    run_digest = fingerprint(**to_plain(trained))
+    tags = {"tokenreel.run": str(config.run), "tokenreel.model_fingerprint": run_digest}
+    with Tracker.open(
+        out, job="evaluate", name=f"evaluate {config.run.name}", params=to_plain(config), tags=tags, inputs=inputs
+    ) as tracker:
+        figures: dict[str, Any] = {}
+        if trained.objective.mlm_weight:
+            figures |= _measure_prediction(objective, tokens, config)
+        figures["probes"] = _measure_probes(objective, untrained, tokens, config)
+        sheet = out / "contact_sheet.html"
+        _write_sheet(sheet, objective, trained, tokens, meta, figures)
+        (out / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+        summary = {name: value for name, value in figures.items() if isinstance(value, float)}
+        for name, row in figures["probes"].items():
+            summary |= {f"probe_{name}_{key}": row[key] for key in ("pretrained", "untrained", "majority")}
+        tracker.finish("FINISHED", summary, [sheet, out / "results.json"])
+        tracker.close()
+        done = len(figures["probes"])
+        return JobResult(
+            job="evaluate",
+            out=str(out),
+            planned=done,
+            committed=done,
+            fingerprint=fingerprint(model=run_digest, tokens=meta.fingerprint),
+            mlflow_run_id=tracker.run_id or "",
+            elapsed_s=time.monotonic() - started_s,
+            figures={**figures, "contact_sheet": str(sheet)},
+        )
+
+
+def load_run(run: Path) -> PretrainConfig:
+    """The config of a finished pre-training run.
+
+    Raises:
+        ConfigError: `run` is no such folder.
+    """
+    if not (run / CONFIG_NAME).exists() or not list_checkpoints(run):
+        raise ConfigError(f"{run} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain`")
+    return load_config(run / CONFIG_NAME, PretrainConfig)
+
+
+def _reader(objective: VimpacObjective, tokens: Path, split: Split | None = None) -> WindowReader:
+    backbone = objective.backbone.config
+    return WindowReader(tokens, split or "all", backbone.shape, backbone.pad_id)
+
+
+@torch.inference_mode()
+def _measure_prediction(objective: VimpacObjective, tokens: Path, config: EvaluateConfig) -> dict[str, Any]:
+    """Accuracy at masked positions, and that of always naming the most frequent token of the training split."""
+    codebook_size = objective.backbone.config.codebook_size
+    has_val = "val" in read_index(tokens, ["split"])["split"].to_pylist()
+    split: Split = "val" if has_val else "train"
+    top = int(_count_codes(_reader(objective, tokens, "train"), codebook_size).argmax())
+    reader = _reader(objective, tokens, split)
+    samples = np.resize(np.arange(len(reader)), max(len(reader), min(config.max_windows, 8 * len(reader))))[
+        : config.max_windows
+    ]
+    rounds = np.arange(len(samples)) // len(reader)
+    seeds = draw_seeds(0, rounds, reader.key_hashes[samples], 0)
+    starts = (
+        draw_seeds(0, rounds, reader.key_hashes[samples], 1) % reader.num_starts(samples).astype(np.uint64)
+    ).astype(np.int64)
+    masked = hits = unigram_hits = 0
+    for first in range(0, len(samples), config.batch_size):
+        part = slice(first, first + config.batch_size)
+        clips = torch.from_numpy(reader.read(samples[part], starts[part]).astype(np.int64))
+        mask = objective.draw_masks(clips, torch.from_numpy(seeds[part].view(np.int64)))
+        predicted = objective.predict(clips, mask)
+        masked += int(mask.sum())
+        hits += int((predicted == clips)[mask].sum())
+        unigram_hits += int((clips == top)[mask].sum())
+    return {
+        "eval_split": split,
+        "masked_tokens": masked,
+        "masked_token_accuracy": hits / max(1, masked),
+        "unigram_accuracy": unigram_hits / max(1, masked),
+    }
+
+
+def _count_codes(reader: WindowReader, codebook_size: int) -> np.ndarray:
+    """(codebook_size,) how often each code occurs in windows that tile the reader's samples."""
+    counts = np.zeros(codebook_size, np.int64)
+    t = reader.num_frames
+    for sample in range(len(reader)):
+        starts = np.arange(0, int(reader.lengths[sample]), t)
+        codes = reader.read(np.full(len(starts), sample), starts)
+        counts += np.bincount(codes[codes < codebook_size], minlength=codebook_size)
+    return counts
+
+
+def _measure_probes(
+    objective: VimpacObjective, untrained: VimpacObjective, tokens: Path, config: EvaluateConfig
+) -> dict[str, dict[str, Any]]:
+    views, videos, times_s = read_views(_reader(objective, tokens), config.max_windows)
+    features = {
+        name: {view: _embed(module.backbone, windows, config.batch_size) for view, windows in views.items()}
+        for name, module in (("pretrained", objective), ("untrained", untrained))
+    }
+    rows = {}
+    for task in make_tasks(videos, times_s):
+        row: dict[str, Any] = {"question": task.question, "split_by": task.split_by, "majority": task.majority}
+        for name in features:
+            hits = probe(task, features[name])
+            row[name] = float(hits.mean())
+            row[f"{name}_stderr"] = float(hits.std() / np.sqrt(len(hits)))
+            row["tested"] = len(hits)
+        rows[task.name] = row
+    return rows
+
+
+@torch.inference_mode()
+def _embed(backbone: VimpacBackbone, windows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Features (n 3d) of token windows (n t h w): CLS, the mean over all tokens, and how frames drift from it in time."""
+    parts = []
+    for first in range(0, len(windows), batch_size):
+        features = backbone(torch.from_numpy(windows[first : first + batch_size].astype(np.int64)))
+        frames = features.tokens.mean(dim=(2, 3))  # n t d
+        times = torch.linspace(-1, 1, frames.shape[1])
+        drift = (frames * times[None, :, None]).mean(dim=1)
+        parts.append(torch.cat([features.cls, frames.mean(dim=1), drift], dim=1).numpy())
+    return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
+
+
+def _write_sheet(
+    path: Path,
+    objective: VimpacObjective,
+    trained: PretrainConfig,
+    tokens: Path,
+    meta: DatasetMeta,
+    figures: dict[str, Any],
+) -> None:
+    reader = _reader(objective, tokens)
+    rows = _choose_rows(reader)
+    clips = torch.from_numpy(reader.read(rows, np.zeros(len(rows), np.int64)).astype(np.int64))
+    seeds = torch.from_numpy(draw_seeds(1, np.zeros(len(rows), np.int64), reader.key_hashes[rows], 0).view(np.int64))
+    index = reader.index.to_pylist()
+    drawn = draw_predictions(objective, clips, seeds, tokens) if trained.objective.mlm_weight else []
+    reconstructions, predictions = [], []
+    for place, sample in enumerate(rows):
+        row = index[sample]
+        caption = f"{row['source']}, {row['start_s']:.1f} s, {row['split']}"
+        strips = [
+            Strip(label="original", frames=frames, role="original")
+            for frames in _originals(tokens, meta, row, reader.num_frames)
+        ]
+        if drawn:
+            decoded, masked, predicted = drawn[place]
+            reconstructions.append(
+                Row(
+                    caption=caption,
+                    strips=[*strips, Strip(label="reconstruction", frames=decoded, role="reconstruction")],
+                )
+            )
+            predictions.append(
+                Row(
+                    caption=caption,
+                    strips=[
+                        Strip(label="reconstruction", frames=decoded, role="reconstruction"),
+                        Strip(label="masked", frames=masked, role="masked"),
+                        Strip(label="predicted", frames=predicted, role="predicted"),
+                    ],
+                )
+            )
+    sections = [
+        Section(
+            heading="Tokenizer",
+            note="What is left of each frame after it went through the codes.",
+            rows=reconstructions,
+        ),
+        Section(
+            heading="Masked prediction",
+            note="Hatched blocks are hidden from the model, which fills in the likeliest code of each position by itself.",
+            rows=predictions,
+        ),
+    ]
+    write_contact_sheet(
+        path,
+        title=f"tokenreel: {trained.recipe}",
+        facts=_facts(trained, figures),
+        sections=[s for s in sections if s.rows],
+    )
+
+
+def _facts(trained: PretrainConfig, figures: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = [("recipe", trained.recipe), ("steps", str(trained.loop.steps))]
+    if "masked_token_accuracy" in figures:
+        facts.append(
+            (
+                f"masked-token accuracy ({figures['eval_split']})",
+                f"{figures['masked_token_accuracy']:.1%}, unigram {figures['unigram_accuracy']:.1%}",
+            )
+        )
+    for name, row in figures["probes"].items():
+        facts.append(
+            (
+                f"probe: {name}",
+                f"{row['pretrained']:.1%}, untrained {row['untrained']:.1%}, majority {row['majority']:.1%}",
+            )
+        )
+    return facts
+
+
+def _choose_rows(reader: WindowReader) -> np.ndarray:
+    """One sample each of up to `_SHEET_CLIPS` videos."""
+    _, first = np.unique(np.array(reader.index["video_id"].to_pylist()), return_index=True)
+    return np.sort(first)[np.unique(np.linspace(0, len(first) - 1, min(_SHEET_CLIPS, len(first))).astype(int))]
+
+
+def _originals(tokens: Path, meta: DatasetMeta, row: dict[str, Any], num_frames: int) -> Sequence[np.ndarray]:
+    """The clip's first frames as they were before the tokenizer, where its clip dataset is still at hand."""
+    clips = (tokens / meta.extra["clips"]).resolve()
+    try:
+        if read_meta(clips, kind="clips").fingerprint != meta.parent_fingerprint:
+            return []
+    except ConfigError:
+        return []
+    parent = next((r for r in read_index(clips).to_pylist() if r["key"] == row["key"]), None)
+    if parent is None:
+        return []
+    settings = TokenizeSettings(frames=replace(FrameConfig(), **meta.config["frames"]))
+    frames = decode_clip(clips, parent, settings)
+    return [] if isinstance(frames, Reject) else [frames[:num_frames]]

@@ -1,0 +1,249 @@
+"""The training loop of every recipe: a plain function, with no Ray and no MLflow in it.
+
+Exactness: everything a step does is a function of (config, seed, step, rank) and the state before it. So a run that was
+killed and resumed has the same losses, bit for bit on a CPU, as one that was not; the price is that a step is seeded
+anew (microseconds) and that a loader must compute the batch of any step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.checkpoint import Cursor, list_checkpoints, load_optimizer, load_weights, read_cursor, save_checkpoint
+from jobs.journal import Journal
+from models.optim import OptimConfig, build_optimizer, clip_gradients, lr_at
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long to train, and what to write on the way."""
+
+    steps: int = 1000
+    """Optimiser steps of the whole run; the learning-rate schedule spans them."""
+    save_every_steps: int = 100
+    """Steps between two checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    picture_every_steps: int = 100
+    """Steps between two pictures (reconstructions or predictions); 0 draws none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward pass; weights and optimiser state are fp32."""
+    seed: int = 0
+    """Seed of initial weights and dropout."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.save_every_steps, self.keep_checkpoints) < 1 or self.picture_every_steps < 0:
+            raise ValueError(
+                f"LoopConfig: steps = {self.steps}, save_every_steps = {self.save_every_steps}, keep_checkpoints = "
+                f"{self.keep_checkpoints} must be 1 or more, picture_every_steps = {self.picture_every_steps} 0 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """Where a worker stands. `report(step, metrics)` is called by every rank at each checkpoint."""
+
+    run: Path
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+
+
+class Batches(Protocol):
+    """A loader: the batch of any step, and how much a step consumes over all workers (`unit` names it in metrics)."""
+
+    unit: str
+    units_per_step: int
+
+    def batch(self, step: int) -> Mapping[str, Any]: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step is NaN or infinite on some worker; all workers raise it, before the weights change."""
+
+
+def train(
+    objective: nn.Module,
+    batches: Batches,
+    context: Context,
+    config: LoopConfig,
+    optim: OptimConfig,
+    draw: Callable[[nn.Module, int], None] | None = None,
+) -> Cursor:
+    """Train `objective` to `config.steps`, from the newest checkpoint of `context.run` if there is one.
+
+    Every step's metrics go to `metrics.jsonl`, written by rank 0; a resume drops the rows that it will write again.
+
+    Args:
+        objective: `forward(batch) -> {"losses": {name: scalar}, "metrics": {name: scalar}}`; the loss is their sum.
+        draw: called on rank 0 with the objective (in eval mode) and the number of steps done, to write pictures.
+
+    Raises:
+        NonFiniteLoss: names the step and the keys of its batch.
+    """
+    objective.to(context.device).train()
+    optimizer = build_optimizer(objective, optim)
+    cursor = _restore(objective, optimizer, context)
+    model: nn.Module = objective
+    if context.world_size > 1:
+        ids = [context.device] if context.device.type == "cuda" else None
+        # Buffers (codebooks, running statistics) are reduced by their owners, so no broadcast each step.
+        model = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+    with contextlib.closing(Journal(context.run)) if context.rank == 0 else contextlib.nullcontext() as journal:
+        if journal is not None:
+            journal.truncate_after(cursor.step)
+        for batch, wait_s in _prefetch(batches, cursor.step, config.steps):
+            started = time.perf_counter()
+            metrics = _step(model, optimizer, batch, cursor.step, context, config, optim)
+            cursor = Cursor(step=cursor.step + 1, keys_digest=_extend(cursor.keys_digest, batch["keys"], context))
+            step_s = time.perf_counter() - started + wait_s
+            metrics |= {
+                "step_s": step_s,
+                "data_wait_share": wait_s / step_s,
+                f"{batches.unit}_per_s": batches.units_per_step / step_s,
+            }
+            if journal is not None:
+                journal.log(cursor.step, metrics)
+            _write(objective, optimizer, cursor, metrics, context, config, draw)
+    return cursor
+
+
+def _restore(objective: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> Cursor:
+    checkpoints = list_checkpoints(context.run)
+    if not checkpoints:
+        return Cursor()
+    load_weights(checkpoints[-1], objective)
+    load_optimizer(checkpoints[-1], optimizer)
+    cursor = read_cursor(checkpoints[-1])
+    log.info("rank %d: resumed %s after step %d", context.rank, context.run.name, cursor.step)
+    return cursor
+
+
+def _prefetch(batches: Batches, start: int, stop: int) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """Batches of the steps [start, stop), each made while the one before is trained on, with the seconds waited."""
+    with ThreadPoolExecutor(1, "loader") as pool:
+        ahead = pool.submit(batches.batch, start) if start < stop else None
+        for step in range(start, stop):
+            waited = time.perf_counter()
+            assert ahead is not None
+            batch = ahead.result()
+            wait_s = time.perf_counter() - waited
+            ahead = pool.submit(batches.batch, step + 1) if step + 1 < stop else None
+            yield batch, wait_s
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, Any],
+    step: int,
+    context: Context,
+    config: LoopConfig,
+    optim: OptimConfig,
+) -> dict[str, float]:
+    seed_everything(config.seed, step, context.rank)
+    lr = lr_at(step, config.steps, optim)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(_to(batch, context.device))
+    losses: dict[str, Tensor] = output["losses"]
+    loss = torch.stack(list(losses.values())).sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    values = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **output["metrics"]}
+    metrics = _mean_over_workers(values, context)
+    if not math.isfinite(metrics["loss"]):
+        keys = _gather_keys(batch["keys"], context)
+        raise NonFiniteLoss(
+            f"loss is {metrics['loss']} at step {step + 1}; its batch: {', '.join(keys)}. Lower --optim.lr, or look at "
+            "these samples; the last checkpoint is from before this step"
+        )
+    metrics["grad_norm"] = float(clip_gradients(model, optim))
+    metrics["lr"] = lr
+    optimizer.step()
+    return metrics
+
+
+def _write(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cursor: Cursor,
+    metrics: dict[str, float],
+    context: Context,
+    config: LoopConfig,
+    draw: Callable[[nn.Module, int], None] | None,
+) -> None:
+    last = cursor.step == config.steps
+    every = config.picture_every_steps
+    if draw is not None and context.rank == 0 and every and (last or cursor.step % every == 0):
+        objective.eval()
+        draw(objective, cursor.step)
+        objective.train()
+    if last or cursor.step % config.save_every_steps == 0:
+        if context.rank == 0:
+            save_checkpoint(context.run, objective, optimizer, cursor, config.keep_checkpoints)
+        context.report(cursor.step, metrics)
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (all devices) from the three numbers."""
+    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little") >> 1
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _mean_over_workers(values: dict[str, Tensor], context: Context) -> dict[str, float]:
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if context.world_size > 1:
+        dist.all_reduce(stacked)
+        stacked /= context.world_size
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def _extend(digest: str, keys: list[str], context: Context) -> str:
+    """The digest of all keys consumed so far, in the order of the global batch: the same for any number of workers."""
+    # Each key's hash is weighted by its place; the sum wraps, so it does not depend on who adds what first.
+    first = context.rank * len(keys)
+    hashes = (
+        int.from_bytes(hashlib.sha256(f"{first + n}:{key}".encode()).digest()[:8], "little")
+        for n, key in enumerate(keys)
+    )
+    total = sum(hashes) % 2**64
+    summed = torch.tensor(total - 2**64 if total >= 2**63 else total, dtype=torch.int64, device=context.device)
+    if context.world_size > 1:
+        dist.all_reduce(summed)
+    return hashlib.sha256(f"{digest}:{int(summed)}".encode()).hexdigest()[:16]
+
+
+def _gather_keys(keys: list[str], context: Context) -> list[str]:
+    if context.world_size == 1:
+        return keys
+    gathered: list[Any] = [None] * context.world_size
+    dist.all_gather_object(gathered, keys)
+    return [key for part in gathered for key in part]

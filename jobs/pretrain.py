@@ -1,0 +1,146 @@
+"""`tokenreel pretrain RECIPE`: a token dataset to a pre-trained model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import nn
+
+from jobs.checkpoint import load_weights
+from jobs.contact_sheet import overlay_mask, save_png_grid
+from jobs.loop import Context, LoopConfig
+from jobs.result import JobResult
+from jobs.tokenize import TOKENIZER_FOLDER
+from jobs.tracking import DatasetInput
+from jobs.training import Task, WorkersConfig, run_training
+from models.optim import OptimConfig
+from models.tokenizers.base import load_tokenizer
+from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
+from pipeline.dataset import read_meta
+from pipeline.errors import ConfigError
+from pipeline.loader import LoaderConfig, TokenLoader
+
+_PICTURE_CLIPS = 4
+NUM_VIEWS = 2
+"""Clips a video in one batch; the contrastive loss compares them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """Pre-train VIMPAC on tokens: masked token prediction and contrast between two clips of a video.
+
+    Run the same command again after a crash: it continues from its last checkpoint with the same losses.
+    """
+
+    tokens: Path
+    """Token dataset, made by `tokenreel tokenize`."""
+    out: Path
+    """Folder of the run; the model ends up in its model/."""
+    recipe: tyro.conf.Suppress[str] = "custom"
+    backbone: VimpacConfig = field(default_factory=VimpacConfig)
+    objective: VimpacObjectiveConfig = field(default_factory=VimpacObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    register_as: str = ""
+    """Name in the MLflow model registry; empty registers nothing."""
+
+
+def run(config: PretrainConfig) -> JobResult:
+    meta = read_meta(config.tokens, kind="tokens", complete=True)
+    codebook_size = meta.extra["tokenizer"]["codebook_size"]
+    if codebook_size != config.backbone.codebook_size:
+        raise ConfigError(
+            f"{config.tokens} has codes of a codebook of {codebook_size}; recipe {config.recipe} expects "
+            f"{config.backbone.codebook_size}. Pass --backbone.codebook-size {codebook_size}"
+        )
+    make_loader(config, rank=0, world_size=config.workers.num_workers)  # a wrong setting fails here, not on the workers
+    assert meta.totals is not None
+    totals = {name: float(meta.totals[name]) for name in ("committed", "frames", "hours")}
+    tokens = DatasetInput(
+        name=config.tokens.name, fingerprint=meta.fingerprint, uri=str(config.tokens.resolve()), totals=totals
+    )
+    return run_training(
+        "pretrain",
+        config.out,
+        config,
+        functools.partial(_build, replace(config, tokens=config.tokens.resolve())),
+        [tokens],
+        functools.partial(_conclude, config),
+        name=f"{config.recipe} {config.out.name}",
+        register_as=config.register_as,
+    )
+
+
+def make_loader(config: PretrainConfig, *, rank: int, world_size: int) -> TokenLoader:
+    shape, pad = config.backbone.shape, config.backbone.pad_id
+    return TokenLoader(
+        config.tokens, config.loader, window=shape, num_views=NUM_VIEWS, pad=pad, rank=rank, world_size=world_size
+    )
+
+
+def load_objective(config: PretrainConfig, checkpoint: Path) -> VimpacObjective:
+    """The trained objective of a run, in eval mode."""
+    objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+    load_weights(checkpoint, objective)
+    return objective.eval()
+
+
+def _build(config: PretrainConfig, context: Context) -> Task:
+    batches = make_loader(config, rank=context.rank, world_size=context.world_size)
+    objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+    fixed = batches.batch(0)
+    tokens, seeds = fixed["tokens"][:_PICTURE_CLIPS, 0], fixed["seeds"][:_PICTURE_CLIPS, 0]
+
+    def draw(module: nn.Module, step: int) -> None:
+        assert isinstance(module, VimpacObjective)
+        if not config.objective.mlm_weight:
+            return
+        rows = draw_predictions(module, tokens.to(context.device), seeds.to(context.device), config.tokens)
+        labels = ["tokens", "masked", "predicted"]
+        save_png_grid(context.run / "pictures" / f"predictions_{step:08d}.png", rows, labels)
+
+    return Task(objective=objective, batches=batches, draw=draw)
+
+
+def draw_predictions(
+    objective: VimpacObjective, tokens: torch.Tensor, seeds: torch.Tensor, dataset: Path
+) -> list[list[Any]]:
+    """For each clip of `tokens` (n t h w): its frames as the tokenizer decodes them, the same masked, and predicted.
+
+    Returns:
+        n rows of three uint8 arrays (t H W c).
+    """
+    tokenizer = load_tokenizer(dataset / TOKENIZER_FOLDER, tokens.device)
+    mask = objective.draw_masks(tokens, seeds)
+    predicted = objective.predict(tokens, mask)
+    rows = []
+    for clip, hidden, guess in zip(tokens, mask, predicted, strict=True):
+        # PAD has no picture; the clip's real frames stand at its start.
+        length = max(1, int((clip != objective.backbone.config.pad_id).all(-1).all(-1).sum()))
+        frames = tokenizer.decode(clip[:length].clamp(max=tokenizer.codebook_size - 1)).cpu().numpy()
+        filled = tokenizer.decode(guess[:length].clamp(max=tokenizer.codebook_size - 1)).cpu().numpy()
+        rows.append([frames, overlay_mask(frames, hidden[:length].cpu().numpy()), filled])
+    return rows
+
+
+def _conclude(config: PretrainConfig, checkpoint: Path) -> dict[str, Any]:
+    """Write `model/`: the objective's weights and what is needed to build it again."""
+    objective = load_objective(config, checkpoint)
+    folder = config.out / "model"
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {name: value.contiguous() for name, value in objective.state_dict().items()}, folder / "model.safetensors"
+    )
+    description = {"kind": "vimpac", "backbone": asdict(config.backbone), "objective": asdict(config.objective)}
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    num_parameters = sum(parameter.numel() for parameter in objective.backbone.parameters())
+    return {"backbone_parameters": num_parameters}

@@ -1,0 +1,115 @@
+"""`tokenreel train-tokenizer`: a clip dataset to a VQ-VAE frame tokenizer."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+from jobs.checkpoint import load_weights
+from jobs.contact_sheet import save_png_grid
+from jobs.loop import Context, LoopConfig
+from jobs.result import JobResult
+from jobs.tracking import DatasetInput
+from jobs.training import Task, WorkersConfig, run_training
+from models.optim import OptimConfig
+from models.tokenizers.vqvae import Vqvae, VqvaeConfig, VqvaeObjective, VqvaeObjectiveConfig
+from pipeline.dataset import read_index, read_meta
+from pipeline.frames import FrameLoader, FrameLoaderConfig
+from pipeline.schema import Split
+
+_PICTURE_FRAMES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainTokenizerConfig:
+    """Train a VQ-VAE that turns frames into codes (128 px to 16 x 16 by default).
+
+    Run the same command again after a crash: it continues from its last checkpoint with the same losses.
+    """
+
+    clips: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLIPS")]
+    """Clip dataset, made by `tokenreel shard`."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the run; the tokenizer ends up in its model/."""
+    tokenizer: VqvaeConfig = field(default_factory=VqvaeConfig)
+    objective: VqvaeObjectiveConfig = field(default_factory=VqvaeObjectiveConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0))
+    loader: FrameLoaderConfig = field(default_factory=FrameLoaderConfig)
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=20_000, save_every_steps=500, picture_every_steps=500)
+    )
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    eval_frames: int = 512
+    """Frames, of the validation split where there is one, that the final figures are measured on."""
+
+
+def run(config: TrainTokenizerConfig) -> JobResult:
+    meta = read_meta(config.clips, kind="clips", complete=True)
+    FrameLoader(
+        config.clips, config.loader, rank=0, world_size=config.workers.num_workers
+    )  # fails here, not on workers
+    clips = DatasetInput(name=config.clips.name, fingerprint=meta.fingerprint, uri=str(config.clips.resolve()))
+    return run_training(
+        "train-tokenizer",
+        config.out,
+        config,
+        functools.partial(_build, replace(config, clips=config.clips.resolve())),
+        [clips],
+        functools.partial(_conclude, config),
+        name=f"tokenizer {config.out.name}",
+    )
+
+
+def _build(config: TrainTokenizerConfig, context: Context) -> Task:
+    batches = FrameLoader(config.clips, config.loader, rank=context.rank, world_size=context.world_size)
+    objective = VqvaeObjective(Vqvae(config.tokenizer), config.objective)
+    fixed = batches.batch(0)["frames"][:: max(1, config.loader.frames_per_clip)][:_PICTURE_FRAMES]
+
+    def draw(module: nn.Module, step: int) -> None:
+        assert isinstance(module, VqvaeObjective)
+        frames = fixed.to(context.device)
+        decoded = module.tokenizer.decode(module.tokenizer.encode(frames))
+        strips = [fixed.numpy(), decoded.cpu().numpy()]
+        save_png_grid(
+            context.run / "pictures" / f"reconstructions_{step:08d}.png", [strips], ["original", "reconstruction"]
+        )
+
+    return Task(objective=objective, batches=batches, draw=draw)
+
+
+def _conclude(config: TrainTokenizerConfig, checkpoint: Path) -> dict[str, Any]:
+    """Save the tokenizer, and measure it on frames that it was not trained on where the dataset has some."""
+    objective = VqvaeObjective(Vqvae(config.tokenizer), config.objective)
+    load_weights(checkpoint, objective)
+    tokenizer = objective.tokenizer.eval()
+    tokenizer.save(config.out / "model")
+    split: Split = "val" if "val" in read_index(config.clips, ["split"])["split"].to_pylist() else "train"
+    return {"tokenizer_fingerprint": tokenizer.fingerprint(), "eval_split": split, **_measure(tokenizer, config, split)}
+
+
+def _measure(tokenizer: Vqvae, config: TrainTokenizerConfig, split: Split) -> dict[str, float]:
+    per_clip = config.loader.frames_per_clip
+    loader_config = replace(config.loader, split=split, batch_size=per_clip * 4)
+    loader = FrameLoader(config.clips, loader_config, rank=0, world_size=1)
+    squared, count = 0.0, 0
+    uses = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
+    for step in range(max(1, config.eval_frames // loader_config.batch_size)):
+        frames = loader.batch(step)["frames"]
+        codes = tokenizer.encode(frames)
+        errors = (tokenizer.decode(codes).float() - frames.float()) / 255.0
+        squared, count = squared + float(errors.square().sum()), count + errors.numel()
+        uses += torch.bincount(codes.flatten().long(), minlength=tokenizer.codebook_size)
+    share = (uses / uses.sum()).numpy()
+    entropy = -float(np.sum(share[share > 0] * np.log(share[share > 0])))
+    return {
+        "psnr_db": 10 * float(np.log10(count / max(squared, 1e-12))),
+        "codebook_perplexity": float(np.exp(entropy)),
+        "codebook_used_share": float((share > 0).mean()),
+    }

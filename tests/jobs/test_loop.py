@@ -1,0 +1,143 @@
+"""The loop without Ray: exact resume from every checkpoint, and every setting does what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from jobs.checkpoint import list_checkpoints, load_weights, read_cursor
+from jobs.journal import read_journal
+from jobs.loop import Context, LoopConfig, NonFiniteLoss, train
+from models.optim import OptimConfig
+
+CONFIG = LoopConfig(steps=6, save_every_steps=2, keep_checkpoints=9, picture_every_steps=3)
+OPTIM = OptimConfig(lr=0.05)
+
+
+class Noisy(nn.Module):
+    """A model with all that can break exactness: dropout, a running buffer, a channels-last weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(1))
+        self.net(torch.zeros(2, 3, 5, 5))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+        loss = (self.net(batch["x"]) - 1).square().mean()
+        return {"losses": {"square": loss}, "metrics": {"twice": 2 * loss.detach()}}
+
+
+class Steps:
+    unit, units_per_step = "samples", 4
+
+    def batch(self, step: int) -> dict[str, Any]:
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        return {"x": x, "keys": [f"{step}-{n}" for n in range(4)]}
+
+
+def run_loop(folder: Path, config: LoopConfig = CONFIG, **options: Any) -> list[dict[str, Any]]:
+    train(Noisy(), Steps(), Context(run=folder), config, OPTIM, **options)
+    return list(read_journal(folder / "metrics.jsonl"))
+
+
+def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_broken_off_run_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    whole = run_loop(tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    class Dies(Steps):
+        def batch(self, step: int) -> dict[str, Any]:
+            if step == stop:
+                raise Killed
+            return super().batch(step)
+
+    with pytest.raises(Killed):
+        train(Noisy(), Dies(), Context(run=tmp_path / "broken"), CONFIG, OPTIM)
+    assert losses(run_loop(tmp_path / "broken")) == losses(whole)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        ours, theirs = (list_checkpoints(tmp_path / run)[-1] / name for run in ("broken", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path: Path) -> None:
+    rows = run_loop(tmp_path / "whole")
+    run_loop(tmp_path / "run")
+    last = list_checkpoints(tmp_path / "run")[-1]
+    (last / "state.json").unlink()
+    assert list_checkpoints(tmp_path / "run")[-1].name == "00000004"
+    assert losses(run_loop(tmp_path / "run")) == losses(rows)
+
+
+def test_what_a_step_reports(tmp_path: Path) -> None:
+    row = run_loop(tmp_path)[-1]
+    assert row["loss"] == row["loss_square"] == pytest.approx(row["twice"] / 2)
+    assert {"lr", "grad_norm", "step_s", "data_wait_share", "samples_per_s"} <= row.keys()
+
+
+def test_checkpoints_are_saved_as_often_and_kept_as_many_as_told(tmp_path: Path) -> None:
+    run_loop(tmp_path / "all")
+    assert [path.name for path in list_checkpoints(tmp_path / "all")] == ["00000002", "00000004", "00000006"]
+    run_loop(tmp_path / "few", replace(CONFIG, save_every_steps=4, keep_checkpoints=1))
+    assert [path.name for path in list_checkpoints(tmp_path / "few")] == ["00000006"]
+
+
+def test_pictures_are_drawn_in_eval_mode_and_change_no_loss(tmp_path: Path) -> None:
+    drawn: list[tuple[int, bool]] = []
+
+    def draw(module: nn.Module, step: int) -> None:
+        torch.rand(7)  # moves the generator that dropout uses
+        drawn.append((step, module.training))
+
+    rows = run_loop(tmp_path / "drawn", draw=draw)
+    assert drawn == [(3, False), (6, False)]
+    assert losses(rows) == losses(run_loop(tmp_path / "plain", replace(CONFIG, picture_every_steps=0)))
+    run_loop(tmp_path / "none", replace(CONFIG, picture_every_steps=0), draw=draw)
+    assert len(drawn) == 2
+
+
+def test_seed_and_precision_change_the_run(tmp_path: Path) -> None:
+    plain = losses(run_loop(tmp_path / "plain"))
+    assert losses(run_loop(tmp_path / "seed", replace(CONFIG, seed=1))) != plain
+    bf16 = losses(run_loop(tmp_path / "bf16", replace(CONFIG, precision="bf16")))
+    assert bf16 != plain
+    assert bf16[0][1] == pytest.approx(plain[0][1], rel=0.05)
+
+
+def test_a_non_finite_loss_stops_before_the_weights_change_and_names_step_and_batch(tmp_path: Path) -> None:
+    class Explodes(Steps):
+        def batch(self, step: int) -> dict[str, Any]:
+            batch = super().batch(step)
+            return {**batch, "x": batch["x"] * torch.inf} if step == 3 else batch
+
+    model = Noisy()
+    with pytest.raises(NonFiniteLoss, match=r"step 4.*3-0, 3-1"):
+        train(model, Explodes(), Context(run=tmp_path), CONFIG, OPTIM)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert read_cursor(list_checkpoints(tmp_path)[-1]).step == 2
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    run_loop(tmp_path)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_weights(list_checkpoints(tmp_path)[-1], nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"save_every_steps": 0}, {"keep_checkpoints": 0}, {"picture_every_steps": -1}]
+)
+def test_bad_settings_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LoopConfig(**wrong)
