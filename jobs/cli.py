@@ -6,9 +6,12 @@ For scripts: logs and progress go to stderr; the last line of stdout is one JSON
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +68,8 @@ def run(argv: list[str]) -> int:
         if name not in _JOBS:
             raise ConfigError(f"no job {name!r}; allowed: {', '.join(_JOBS)}. See tokenreel --help")
         result = _run_job(name, argv[1:])
-    except SystemExit as stop:  # --help, or a usage error that tyro has explained
-        if stop.code in (0, None):
-            return 0
-        result = _failure(name, "usage", "bad usage; see the message on stderr")
+    except SystemExit:  # --help
+        return 0
     except ConfigError as error:
         result = _failure(name, "usage", str(error))
     except TokenreelError as error:
@@ -114,12 +115,23 @@ def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
         from jobs.config import load_config
 
         default = load_config(Path(saved), kind)
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    explained = io.StringIO()
     try:
-        # tyro prints an error's own text for ValueError; a ConfigError from __post_init__ passes through to `run`.
-        options: dict[str, Any] = {} if default is None else {"default": default}
-        return tyro.cli(kind, prog=program, args=argv, **options)
+        with contextlib.redirect_stderr(explained):
+            return tyro.cli(kind, prog=program, args=argv, **options)
     except ValueError as error:  # a model's config says what is wrong with a value in these
         raise ConfigError(str(error)) from error
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            sys.stderr.write(explained.getvalue())
+            raise ConfigError(_plain(explained.getvalue())) from None
+        raise
+
+
+def _plain(text: str) -> str:
+    """tyro's framed message as one line for the JSON."""
+    return " ".join(re.sub(r"[^\x20-\x7e]+|\x1b\[[0-9;]*m", " ", text.replace("\n", " ")).split())
 
 
 def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:

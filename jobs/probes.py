@@ -102,19 +102,21 @@ def probe(task: ProbeTask, features: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _spread_windows(reader: WindowReader, length: int, max_windows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `max_windows` windows of `length` frames, without overlap, an equal share of each video while it lasts."""
-    video_ids = reader.index["video_id"].to_pylist()
+    """Up to `max_windows` windows of `length` frames without overlap: (samples, starts).
+
+    No video gives more than twice an equal share, so that one long film does not decide the figures.
+    """
     by_video: dict[str, list[tuple[int, int]]] = {}
-    for sample in range(len(reader)):
+    for sample, video in enumerate(reader.index["video_id"].to_pylist()):
         for start in range(0, int(reader.lengths[sample]) - length + 1, length):
-            by_video.setdefault(video_ids[sample], []).append((sample, start))
-    share = max_windows
+            by_video.setdefault(video, []).append((sample, start))
+    share = max(1, 2 * max_windows // max(1, len(by_video)))
     while share > 1 and sum(min(share, len(windows)) for windows in by_video.values()) > max_windows:
         share -= 1
     chosen = [
         windows[place]
         for windows in by_video.values()
-        for place in np.unique(np.linspace(0, len(windows) - 1, min(share, len(windows))).astype(int))
+        for place in np.linspace(0, len(windows) - 1, min(share, len(windows))).astype(int)
     ]
     samples, starts = np.array(chosen, np.int64).reshape(-1, 2).T
     return samples, starts

@@ -21,11 +21,11 @@ def debug() -> PretrainConfig:
         tokens=tyro.MISSING,
         out=tyro.MISSING,
         recipe="debug",
-        backbone=VimpacConfig(layers=3, hidden=128, heads=4, head_dim=32, mlp=512, codebook_size=512),
+        backbone=VimpacConfig(layers=2, hidden=96, heads=4, head_dim=24, mlp=384, codebook_size=512, dropout=0.0),
         objective=VimpacObjectiveConfig(head_hidden=256, head_out=64),
-        optim=OptimConfig(lr=2e-3),
+        optim=OptimConfig(lr=4e-3),
         loader=LoaderConfig(batch_size=8),
-        loop=LoopConfig(steps=200, save_every_steps=50, picture_every_steps=100),
+        loop=LoopConfig(steps=300, save_every_steps=50, picture_every_steps=100),
         workers=WorkersConfig(num_workers=2),
     )
 

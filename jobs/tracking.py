@@ -413,7 +413,9 @@ class _Shipper:
             database = Path(self._uri.removeprefix("sqlite:///").split("?")[0])
             location = (database.resolve().parent / "mlartifacts" / _clean(name).replace("/", "-")).as_uri()
         try:
-            return str(self._client.create_experiment(name, artifact_location=location))
+            # The kind makes MLflow open its training pages, not those for prompts and traces.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException as error:
             if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another job was faster
                 return str(self._client.get_experiment_by_name(name).experiment_id)

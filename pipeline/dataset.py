@@ -29,6 +29,7 @@ _INPUTS = "inputs.parquet"
 _LEDGER_KEY = b"tokenreel.shard"
 INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA}
 PLAN_REJECTS = "plan"
+_PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +138,7 @@ class ShardWriter:
         """
         payload = member[payload_start:]
         offset = self._add_member(f"{row['key']}.{ext}", member) + payload_start
-        info = json.dumps({k: v for k, v in row.items() if v is not None}, sort_keys=True).encode()
+        info = json.dumps(_sample_info(row), sort_keys=True).encode()
         self._rows.append(
             {
                 **row,
@@ -330,7 +331,11 @@ def _verify_shard(
         return
     if tar_path.stat().st_size != info["tar_bytes"]:
         yield f"{tar_path}: {tar_path.stat().st_size} bytes; {info['tar_bytes']} were committed"
-    rows = pq.read_table(index_path).to_pylist()
+    try:
+        rows = pq.read_table(index_path).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        yield f"{index_path}: cannot be read: {error}"
+        return
     if len(rows) != info["committed"]:
         yield f"{index_path}: {len(rows)} rows; its books say {info['committed']}"
     for row in rows:
@@ -341,6 +346,7 @@ def _verify_shard(
             yield f"{tar_path}: video {row['video_id']} stands in both splits"
         try:
             read_payload(folder, {**row, "shard": shard})
+            _check_json(tar_path, row)
         except (DatasetError, OSError) as error:
             yield str(error)
     try:
@@ -353,8 +359,28 @@ def _verify_shard(
         yield f"{tar_path}: its members are not the samples of its index"
 
 
+def _check_json(tar_path: Path, row: dict[str, Any]) -> None:
+    with tar_path.open("rb") as file:
+        data = os.pread(file.fileno(), row["json_size"], row["json_offset"])
+    try:
+        same = json.loads(data) == _sample_info(row)
+    except ValueError:
+        same = False
+    if not same:
+        raise DatasetError(f"{tar_path}: the JSON of sample {row['key']} does not say what its index says")
+
+
+def _sample_info(row: dict[str, Any]) -> dict[str, Any]:
+    """What KEY.json says of a sample: its index row without its place in the shard."""
+    return {name: value for name, value in row.items() if value is not None and name not in _PLACE}
+
+
 def _verify_books(folder: Path, meta: DatasetMeta, shards: dict[int, Ledger]) -> Iterator[str]:
-    rejects = read_rejects(folder)
+    try:
+        rejects = read_rejects(folder)
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        yield f"{folder / 'rejects'}: cannot be read: {error}"
+        return
     found = Ledger()
     found.add_rejects(rejects)
     if meta.totals is None:

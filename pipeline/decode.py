@@ -64,7 +64,9 @@ def decode_frames(source: IO[bytes], duration_s: float, config: FrameConfig, lim
     """
     side = config.size_px
     frame_bytes = side * side * 3
-    stream = _open(source, limits).filter("fps", fps=config.fps)
+    # A clip shorter than one frame of the output has that frame; rounding would leave it none.
+    at_end = "pass" if duration_s * config.fps < 1 else "round"
+    stream = _open(source, limits).filter("fps", fps=config.fps, eof_action=at_end)
     # Bicubic with exact rounding: the same pixels on every CPU, whatever SIMD it has.
     stream = stream.filter(
         "scale",

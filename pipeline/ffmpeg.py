@@ -28,7 +28,7 @@ from pipeline.errors import BadVideo, ConfigError
 DEMUXERS = (
     "3g2,3gp,aac,asf,avi,dv,f4v,flac,flv,gif,ivf,matroska,mj2,mov,mp3,mp4,mpeg,mpegts,mxf,nut,ogg,rm,wav,webm,wtv"
 )
-_STDERR_TAIL_BYTES = 600
+_STDERR_TAIL_CHARS = 600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +87,10 @@ def run(args: Sequence[str], source: IO[bytes], limits: FfmpegLimits, max_output
             output = _read(process, limits, max_output_bytes)
         finally:
             _kill_group(process)
-        stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
+        stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 4 * _STDERR_TAIL_CHARS))
         tail = " | ".join(stderr.read().decode(errors="replace").split("\n")).strip(" |")
-    tail = re.sub(r" @ 0x[0-9a-f]+", "", tail.replace(source_url(source), "input"))  # the same words in every run
+    # The same words in every run; cut only now, so that the cut cannot leave half an address.
+    tail = re.sub(r" @ 0x[0-9a-f]+", "", tail.replace(source_url(source), "input"))[-_STDERR_TAIL_CHARS:]
     if process.returncode in (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT):
         raise BadVideo("resources", f"{args[0]} was killed by signal {-process.returncode}: {tail}")
     if process.returncode != 0:

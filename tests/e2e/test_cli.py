@@ -35,8 +35,8 @@ def test_a_done_job_prints_the_common_fields_and_its_own(stages: Stages, tmp_pat
     ("words", "expected"),
     [
         (["shard", "no-such-folder", "out"], ["no-such-folder", "folder of videos"]),
-        (["shard", ".", "out", "--storage", "zip"], ["bad usage"]),
-        (["shard", ".", "out", "--no-such-option", "3"], ["bad usage"]),
+        (["shard", ".", "out", "--storage", "zip"], ["zip", "copy", "transcode"]),
+        (["shard", ".", "out", "--no-such-option", "3"], ["--no-such-option"]),
         (["shard", ".", "out", "--clips.mode", "window"], ["storage = copy", "transcode"]),
         (["tokenize", "nowhere", "out", "--tokenizer", "t"], ["nowhere", "dataset.json"]),
         (["pretrain", "no-such-recipe"], ["no-such-recipe", "debug"]),

@@ -1,0 +1,79 @@
+"""Small datasets for tests, made by the code that makes real ones, with contents of which a test knows every value."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.dataset import DatasetMeta, ShardWriter, create_or_resume, finish
+
+GRID = (2, 3)
+PAD = 60_000
+
+
+def describe(kind: str = "tokens", num_shards: int = 1, **changes: Any) -> DatasetMeta:
+    values = {
+        "kind": kind,
+        "fingerprint": "f" * 32,
+        "config": {"frames": {"fps": 2.0}, "batch_frames": 4},
+        "parent_fingerprint": "p" * 32,
+        "inputs_digest": "i" * 32,
+        "num_shards": num_shards,
+        "extra": {},
+    }
+    return DatasetMeta(**{**values, **changes})
+
+
+def make_row(key: str, num_frames: int = 3, **changes: Any) -> dict[str, Any]:
+    """An index row of a token dataset."""
+    row = {
+        "key": key,
+        "video_id": key.partition("-")[0],
+        "source": f"{key}.mp4",
+        "start_s": 0.0,
+        "end_s": num_frames / 2,
+        "num_frames": num_frames,
+        "height": GRID[0],
+        "width": GRID[1],
+        "fps": 2.0,
+        "caption": None,
+        "label": None,
+        "split": "train",
+        "clip_sha256": "c" * 64,
+    }
+    return {**row, **changes}
+
+
+def make_codes(sample: int, num_frames: int) -> np.ndarray:
+    """(t h w) codes that say whose they are: the first of each frame is the sample, the second the frame."""
+    codes = np.full((num_frames, *GRID), 7, np.uint16)
+    codes[:, 0, 0] = sample
+    codes[:, 0, 1] = np.arange(num_frames)
+    return codes
+
+
+def add_codes(writer: ShardWriter, row: dict[str, Any], codes: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, codes, allow_pickle=False)
+    writer.add(row, "tokens.npy", buffer.getvalue(), buffer.tell() - codes.nbytes)
+
+
+def make_token_dataset(
+    folder: Path, shards: Sequence[Sequence[int]], *, splits: Sequence[str] = (), **meta: Any
+) -> Path:
+    """A finished token dataset whose shard i holds samples of `shards[i]` frames; sample n has key `n`."""
+    described = create_or_resume(folder, describe(num_shards=len(shards), **meta))
+    sample = 0
+    for shard, lengths in enumerate(shards):
+        writer = ShardWriter(folder, described, shard)
+        for num_frames in lengths:
+            split = splits[sample] if splits else "train"
+            add_codes(writer, make_row(f"{sample:05d}", num_frames, split=split), make_codes(sample, num_frames))
+            sample += 1
+        writer.commit(len(lengths), [])
+    finish(folder, described, [])
+    return folder

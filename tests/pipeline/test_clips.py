@@ -1,0 +1,64 @@
+"""Spans: they tile the video, whatever its length."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.clips import ClipConfig, plan_clips
+from pipeline.errors import ConfigError
+from pipeline.schema import ClipSpan
+
+durations = st.floats(min_value=0.001, max_value=5000, allow_nan=False)
+
+
+@settings(deadline=None)
+@given(duration_s=durations, window_s=st.floats(min_value=0.5, max_value=100))
+def test_windows_tile_the_video(duration_s: float, window_s: float) -> None:
+    spans = plan_clips(duration_s, ClipConfig(mode="window", window_s=window_s))
+    assert spans[0].start_s == 0 and spans[-1].end_s == duration_s
+    assert all(before.end_s == after.start_s for before, after in itertools.pairwise(spans))
+    assert all(0 < span.duration_s <= window_s + 1e-9 for span in spans)
+    assert all(span.duration_s == pytest.approx(window_s) for span in spans[:-1])
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 2000), window_s=st.sampled_from([0.1, 0.3, 0.7, 1.1, 10.0]))
+def test_no_sliver_from_rounding(count: int, window_s: float) -> None:
+    """A running sum of 0.1 ends just before 0.3, and would leave a last window of 1e-17 s that holds no frame."""
+    assert len(plan_clips(count * window_s, ClipConfig(mode="window", window_s=window_s))) == count
+
+
+@settings(deadline=None)
+@given(duration_s=durations)
+def test_whole_is_one_span(duration_s: float) -> None:
+    assert plan_clips(duration_s, ClipConfig(mode="whole", window_s=1)) == [ClipSpan(start_s=0, end_s=duration_s)]
+
+
+def test_last_window_is_the_rest() -> None:
+    spans = plan_clips(25.0, ClipConfig(mode="window", window_s=10))
+    assert [(span.start_s, span.end_s) for span in spans] == [(0, 10), (10, 20), (20, 25)]
+    assert len(plan_clips(25.0, ClipConfig(mode="window", window_s=5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        ({"mode": "shots"}, "mode"),
+        ({"window_s": 0}, "window_s"),
+        ({"window_s": -1}, "window_s"),
+        ({"window_s": math.nan}, "window_s"),  # would plan no clip at all, and lose the video
+        ({"window_s": math.inf}, "window_s"),
+        ({"min_s": -0.1}, "min_s"),
+        ({"min_s": math.nan}, "min_s"),
+        ({"mode": "window", "window_s": 2, "min_s": 3}, "no clip could pass"),
+    ],
+)
+def test_bad_settings(bad: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ClipConfig(**bad)

@@ -1,0 +1,301 @@
+"""ffmpeg under limits: what it may use, what it may open, and that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from pipeline import ffmpeg
+from pipeline.decode import FrameConfig, TranscodeConfig, decode_frames, require_decodable, transcode
+from pipeline.errors import BadVideo, ConfigError
+from pipeline.ffmpeg import FfmpegLimits
+from pipeline.probe import probe
+from pipeline.schema import ClipSpan
+from tests.corpora import make_clip, real_clips
+
+LIMITS = FfmpegLimits()
+BUDGET = 2**20
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("ffmpeg") / "clip.mp4", seconds=1)
+
+
+def endless(source: IO[bytes]) -> list[str]:
+    """A command that never ends by itself and never writes."""
+    return [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-nostdin",
+        "-stream_loop",
+        "-1",
+        "-i",
+        ffmpeg.source_url(source),
+        "-f",
+        "null",
+        "-",
+    ]
+
+
+def failure(args: Sequence[str], source: IO[bytes], limits: FfmpegLimits = LIMITS, budget: int = BUDGET) -> BadVideo:
+    with pytest.raises(BadVideo) as caught:
+        ffmpeg.run(args, source, limits, budget)
+    return caught.value
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class TestTimeout:
+    def test_class_and_time(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            started_s = time.monotonic()
+            bad = failure(endless(source), source, FfmpegLimits(timeout_s=0.5))
+        assert bad.reject_class == "timeout" and "0.5 s" in bad.reason
+        assert 0.5 <= time.monotonic() - started_s < 10
+
+    def test_more_time_is_enough(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            assert failure(["sleep", "1"], source, FfmpegLimits(timeout_s=0.2)).reject_class == "timeout"
+            assert ffmpeg.run(["sleep", "1"], source, FfmpegLimits(timeout_s=60), BUDGET) == b""
+
+    def test_a_program_that_closed_its_output_is_not_waited_for(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            bad = failure(["sh", "-c", "exec >&-; exec sleep 60"], source, FfmpegLimits(timeout_s=0.3))
+        assert bad.reject_class == "timeout"
+
+    def test_the_process_group_is_gone(self, clip: Path, tmp_path: Path) -> None:
+        pids = tmp_path / "pids"
+        script = 'echo $$ > "$0"; sleep 600 & echo $! >> "$0"; wait'
+        with clip.open("rb") as source:
+            bad = failure(["sh", "-c", script, str(pids)], source, FfmpegLimits(timeout_s=0.5))
+        assert bad.reject_class == "timeout"
+        found = [int(pid) for pid in pids.read_text().split()]
+        assert len(found) == 2
+        deadline = time.monotonic() + 10
+        while any(map(runs, found)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(runs, found))
+
+    def test_cpu_time_is_bounded_too(self, clip: Path) -> None:
+        """When this process is killed, nobody watches the clock; the kernel still counts the CPU."""
+        with clip.open("rb") as source:
+            limits = FfmpegLimits(timeout_s=30)
+            # The limits are set from outside, a moment after the start.
+            output = ffmpeg.run(["sh", "-c", "sleep 0.3; ulimit -t"], source, limits, BUDGET)
+        assert int(output) == 31
+
+
+class TestMemory:
+    @pytest.mark.parametrize("memory_bytes", [2**20, 2**26])
+    def test_too_little(self, clip: Path, memory_bytes: int) -> None:
+        """It says nothing about the video, whichever step runs out: not `corrupt`, and not `not-video`."""
+        limits = FfmpegLimits(memory_bytes=memory_bytes)
+        with clip.open("rb") as source:
+            info = probe(source, LIMITS)
+            for step in (
+                lambda: probe(source, limits),
+                lambda: require_decodable(source, info, limits),
+                lambda: decode_frames(source, 1.0, FrameConfig(), limits),
+                lambda: transcode(source, ClipSpan(start_s=0, end_s=1), TranscodeConfig(), limits),
+            ):
+                with pytest.raises(BadVideo) as caught:
+                    step()
+                assert caught.value.reject_class == "resources", caught.value
+
+    def test_it_is_the_kernel_that_limits(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            limits = FfmpegLimits(memory_bytes=2**30)
+            assert int(ffmpeg.run(["sh", "-c", "sleep 0.3; ulimit -v"], source, limits, BUDGET)) == 2**20  # in KiB
+
+    @pytest.mark.parametrize("signal", ["KILL", "SEGV", "ABRT", "XCPU"])
+    def test_killed(self, clip: Path, signal: str) -> None:
+        with clip.open("rb") as source:
+            assert failure(["sh", "-c", f"ulimit -c 0; kill -{signal} $$"], source).reject_class == "resources"
+
+
+class TestOutput:
+    def test_budget(self, clip: Path) -> None:
+        args = ["sh", "-c", "printf 12345"]
+        with clip.open("rb") as source:
+            assert ffmpeg.run(args, source, LIMITS, 5) == b"12345"
+            bad = failure(args, source, budget=4)
+        assert bad.reject_class == "too-large" and "4 bytes" in bad.reason
+
+    def test_an_endless_stream_is_cut(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            args = [*endless(source)[:-3], "-f", "rawvideo", "pipe:"]
+            started_s = time.monotonic()
+            assert failure(args, source).reject_class == "too-large"
+        assert time.monotonic() - started_s < 30
+
+    def test_the_source_is_read_from_its_start(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            source.seek(500)
+            assert ffmpeg.run(["cat", f"/dev/fd/{source.fileno()}"], source, LIMITS, BUDGET) == clip.read_bytes()
+
+
+class TestMessages:
+    def test_equal_in_every_run(self, tmp_path: Path, clip: Path) -> None:
+        """ffmpeg prints addresses and our descriptor's number; both would make equal datasets differ."""
+        path = tmp_path / "bad.mp4"
+        path.write_bytes(clip.read_bytes()[:1000])  # the index stands at the end
+        reasons = set()
+        for _ in range(2):
+            with path.open("rb") as first, path.open("rb") as source:  # another descriptor each time
+                with pytest.raises(BadVideo) as caught:
+                    probe(source if reasons else first, LIMITS)
+                reasons.add(caught.value.reason)
+        assert len(reasons) == 1
+        (reason,) = reasons
+        assert "0x" not in reason and "/dev/fd" not in reason and "\n" not in reason
+        assert "moov atom not found" in reason and "input: Invalid data" in reason
+
+    def test_addresses(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            script = f'echo "[mov @ 0x55d0c0ffee00] bad atom in {ffmpeg.source_url(source)}" >&2; exit 1'
+            bad = failure(["sh", "-c", script], source)
+        assert bad.reject_class == "corrupt"
+        assert bad.reason == "sh failed: [mov] bad atom in input"
+
+    def test_only_the_tail_is_kept(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            bad = failure(["sh", "-c", "seq 100000 >&2; exit 1"], source)
+        assert bad.reason.endswith("99999 | 100000") and len(bad.reason) < 700
+
+    def test_no_address_is_cut_in_half(self, clip: Path) -> None:
+        """Wherever the tail begins, it must not begin with the digits of an address."""
+        with clip.open("rb") as source:
+            for count in range(20):
+                script = f'echo "{"x" * count}"; seq 200 | sed "s/.*/[h264 @ 0xfeedfeedfeed] &/"; exit 1'
+                assert "feed" not in failure(["sh", "-c", f"({script}) >&2"], source).reason
+
+    def test_bytes_that_are_no_text(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            failure(["sh", "-c", r"printf '\377\376' >&2; exit 1"], source).reason.encode()
+
+    def test_not_installed(self, clip: Path) -> None:
+        with clip.open("rb") as source, pytest.raises(ConfigError, match="apt-get install ffmpeg"):
+            ffmpeg.run(["ffmpeg-that-is-not-there"], source, LIMITS, BUDGET)
+
+
+class TestNoOtherFileIsOpened:
+    """A file that names another one must not make ffmpeg read it: that would leak files of the machine into a dataset.
+
+    Each comes with a control: without the whitelists, ffmpeg does follow it, so the test can fail.
+    """
+
+    def control(self, path: Path, *options: str) -> int:
+        command = ["ffprobe", "-v", "error", *options, "-show_streams", "-select_streams", "v", f"file:{path}"]
+        return subprocess.run(command, capture_output=True, timeout=60).stdout.count(b"codec_type=video")
+
+    def refused(self, path: Path) -> None:
+        with path.open("rb") as source:
+            with pytest.raises(BadVideo) as caught:
+                probe(source, LIMITS)
+            assert caught.value.reject_class == "not-video"
+            with pytest.raises(BadVideo):  # a lying probe would not open the door either
+                decode_frames(source, 1.0, FrameConfig(), LIMITS)
+
+    def test_hls_playlist(self, tmp_path: Path) -> None:
+        segment = make_clip(tmp_path / "segment.ts", seconds=1)
+        path = tmp_path / "playlist.mp4"
+        path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{segment}\n#EXT-X-ENDLIST\n")
+        assert self.control(path, "-f", "hls")
+        self.refused(path)
+
+    def test_concat_script(self, tmp_path: Path, clip: Path) -> None:
+        path = tmp_path / "script.mp4"
+        path.write_text(f"ffconcat version 1.0\nfile 'file:{clip}'\n")
+        assert self.control(path, "-f", "concat", "-safe", "0")
+        self.refused(path)
+
+    def test_image_sequence_and_text_formats(self, tmp_path: Path) -> None:
+        subprocess.run(
+            ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=1:r=3:s=32x32", str(tmp_path / "%d.png")],
+            check=True,
+        )
+        path = tmp_path / "1.png"
+        assert self.control(path)
+        self.refused(path)  # one picture: its demuxer would look for 2.png
+
+    def test_names_never_reach_ffmpeg(self, tmp_path: Path, clip: Path) -> None:
+        """The file is an inherited descriptor, so a name that looks like a protocol is only a name."""
+        for name in ("concat:a|b.mp4", "-i.mp4", "%03d.mp4", "http:x.mp4"):
+            path = tmp_path / name
+            path.write_bytes(clip.read_bytes())
+            with path.open("rb") as source:
+                assert probe(source, LIMITS).codec == "h264"
+
+    def test_no_protocol_but_file_and_pipe(self, tmp_path: Path, clip: Path) -> None:
+        words = [f"-{n}={v}" for n, v in ffmpeg.input_options(LIMITS).items()]
+        assert "-protocol_whitelist=file,pipe" in words
+        names = set(ffmpeg.DEMUXERS.split(","))
+        listed = subprocess.run(["ffmpeg", "-v", "error", "-demuxers"], capture_output=True, text=True).stdout
+        followers = {
+            "hls",
+            "concat",
+            "concatf",
+            "dash",
+            "sdp",
+            "rtsp",
+            "image2",
+            "image2pipe",
+            "lavfi",
+            "imf",
+            "webm_dash_manifest",
+        }
+        assert followers & set(listed.replace(",", " ").split()), "ffmpeg has none of them: the test checks nothing"
+        assert not names & followers
+
+
+class TestLimitsChangeWhatPasses:
+    def test_max_pixels(self, clip: Path) -> None:
+        with clip.open("rb") as source:
+            assert probe(source, FfmpegLimits(max_pixels=160 * 120)).width == 160
+            with pytest.raises(BadVideo, match="160 x 120") as caught:
+                probe(source, FfmpegLimits(max_pixels=160 * 120 - 1))
+        assert caught.value.reject_class == "too-large"
+
+    def test_max_pixels_holds_for_decoders_too(self, tmp_path: Path) -> None:
+        """A header may lie about the size of its frames, so the decoder has the limit as well."""
+        path = make_clip(tmp_path / "clip.mp4", seconds=0.5, size="320x240")
+        with path.open("rb") as source, pytest.raises(BadVideo):
+            decode_frames(source, 0.5, FrameConfig(), FfmpegLimits(max_pixels=160 * 120))
+
+    def test_max_duration(self) -> None:
+        with real_clips()["iscc-samples/demo.mp4"].open("rb") as source:
+            assert probe(source, FfmpegLimits(max_duration_s=61)).duration_s > 60
+            with pytest.raises(BadVideo, match="at most 59 s") as caught:
+                probe(source, FfmpegLimits(max_duration_s=59))
+        assert caught.value.reject_class == "too-large"
+
+    @pytest.mark.parametrize("name", ["timeout_s", "memory_bytes", "max_pixels", "max_duration_s"])
+    @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+    def test_bad_values(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=name):
+            FfmpegLimits(**{name: value})
+
+
+def test_no_descriptor_leaks(clip: Path) -> None:
+    with clip.open("rb") as source:
+        probe(source, LIMITS)
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        for _ in range(3):
+            probe(source, LIMITS)
+            failure(["sh", "-c", "exit 1"], source)
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
