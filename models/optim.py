@@ -12,23 +12,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule. The defaults are VIMPAC small.
-
-    lr: peak learning rate.
-    betas, eps, weight_decay: of AdamW; biases and one-dimensional weights (norms) never decay.
-    warmup_share: share of all updates over which the rate rises linearly to `lr`.
-    schedule: how the rate moves from `lr` to `final_lr` after warm-up; "constant" stays at `lr`.
-    clip_norm: gradients are scaled down to this global L2 norm; None leaves them.
-    """
+    """AdamW and its schedule. The defaults are VIMPAC small."""
 
     lr: float = 1e-3
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of AdamW's two running averages."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     weight_decay: float = 0.05
+    """Decoupled weight decay; biases and one-dimensional weights (norms) never decay."""
     warmup_share: float = 0.1
+    """Share of all updates over which the rate rises linearly to lr."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate moves from lr to final_lr after warm-up; constant stays at lr."""
     final_lr: float = 0.0
+    """Rate that the schedule ends at."""
     clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global L2 norm; None leaves them."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

@@ -38,30 +38,32 @@ _NUM_SPECIAL = 5  # rows of the token table after the codes; PAD and MASK are tw
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VimpacConfig:
-    """Shape of the backbone. The defaults are VIMPAC small at 5 frames of 128 px.
-
-    layers, hidden: depth and width d.
-    heads, head_dim: attention heads and the width of one; their product may differ from d ("half" models).
-    mlp: width inside the MLP.
-    num_frames, grid_height, grid_width: t, h, w; the only input shape the model takes.
-    codebook_size: codes of the tokenizer; PAD is codebook_size + 1, MASK is codebook_size + 4.
-    dropout: on embeddings, attention weights and each sublayer's output.
-    layout: lines along which attention runs, one after the other; `|` is side by side with half the heads each.
-    norm: LayerNorm after each residual ("post", the paper) or before each sublayer ("pre", with one more at the end).
-    """
+    """Shape of the backbone. The defaults are VIMPAC small at 5 frames of 128 px."""
 
     layers: int = 6
+    """Transformer layers."""
     hidden: int = 512
+    """Width d."""
     heads: int = 8
+    """Attention heads of a layer; even for layout T,H|W, which gives H and W half of them each."""
     head_dim: int = 64
+    """Width of a head; heads x head_dim may differ from d ("half" models)."""
     mlp: int = 2048
+    """Width inside the MLP."""
     num_frames: int = 5
+    """Frames t of a clip."""
     grid_height: int = 16
+    """Tokens h down a frame."""
     grid_width: int = 16
+    """Tokens w across a frame."""
     codebook_size: int = 8192
+    """Codes of the tokenizer; PAD is codebook_size + 1, MASK is codebook_size + 4."""
     dropout: float = 0.1
+    """On embeddings, attention weights and each sublayer's output."""
     layout: Layout = "T,H|W"
+    """Lines along which attention runs, one after the other; | is side by side."""
     norm: Literal["post", "pre"] = "post"
+    """LayerNorm after each residual (post, the paper) or before each sublayer (pre, with one more at the end)."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "head_dim", "mlp", "num_frames", "grid_height", "grid_width"):
@@ -225,26 +227,26 @@ class MlmHead(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VimpacObjectiveConfig:
-    """What is trained. The defaults are VIMPAC small; `mlm_weight=0` and `alpha=0` are its ablations.
-
-    mask: "block", or "iid" for the ablation.
-    num_blocks: boxes of a block mask; 5 at 128 px and 6 at 256 px in the paper.
-    iid_fraction: hidden share of an iid mask; the default is the expected share of 5 blocks.
-    mlm_weight: weight of masked prediction; 0 leaves it and its head out.
-    alpha: weight of the contrastive loss; 0 leaves it and its head out.
-    temperature: of the contrastive loss.
-    head_layers, head_hidden, head_out: of the contrastive head: linear layers, width between, width out.
-    """
+    """What is trained. The defaults are VIMPAC small; `mlm_weight=0` and `alpha=0` are its ablations."""
 
     mask: Literal["block", "iid"] = "block"
+    """block, or iid for the ablation."""
     num_blocks: int = 5
+    """Boxes of a block mask: 5 at 128 px and 6 at 256 px in the paper."""
     iid_fraction: float = 0.145
+    """Hidden share of an iid mask; the default is the expected share of 5 blocks."""
     mlm_weight: float = 1.0
+    """Weight of masked prediction; 0 leaves it and its head out."""
     alpha: float = 1.0
+    """Weight of the contrastive loss; 0 leaves it and its head out."""
     temperature: float = 0.2
+    """Temperature of the contrastive loss."""
     head_layers: int = 2
+    """Linear layers of the contrastive head."""
     head_hidden: int = 2048
+    """Width between them."""
     head_out: int = 256
+    """Width of what is compared."""
 
     def __post_init__(self) -> None:
         if self.mask not in ("block", "iid"):

@@ -27,26 +27,24 @@ _MIN_MSE = 1e-10  # keeps the PSNR of an exact reconstruction finite
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VqvaeConfig:
-    """Architecture and codebook. The defaults train on a laptop's CPU in minutes.
-
-    channels: width at one code per patch; half of it at twice that resolution.
-    res_blocks: residual blocks at each of the two resolutions, in the encoder and in the decoder.
-    codebook_size, code_dim: k and d.
-    patch: pixels along each side of a code's square; 8 turns 128 px into 16 codes.
-    ema_decay: how slowly codes follow the encoder's outputs.
-    restart_below: a code whose running use falls below this share of an even use is moved onto an encoder output;
-        0 never restarts.
-    restart_every: updates between two looks for such codes.
-    """
+    """Architecture and codebook. The defaults train on a laptop's CPU in minutes."""
 
     channels: int = 128
+    """Width at one code per patch; half of it at twice that resolution."""
     res_blocks: int = 1
+    """Residual blocks at each of the two resolutions, in the encoder and in the decoder."""
     codebook_size: int = 512
+    """Codes k."""
     code_dim: int = 16
+    """Width d of a code."""
     patch: int = 8
+    """Pixels along each side of a code's square; 8 turns 128 px into 16 codes."""
     ema_decay: float = 0.9
+    """How slowly codes follow the encoder's outputs."""
     restart_below: float = 0.3
+    """A code whose running use falls below this share of an even use is moved onto an encoder output; 0 never restarts."""
     restart_every: int = 5
+    """Updates between two looks for such codes."""
 
     def __post_init__(self) -> None:
         for name in ("res_blocks", "code_dim", "restart_every"):
@@ -224,14 +222,12 @@ class Vqvae(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VqvaeObjectiveConfig:
-    """Loss weights.
-
-    beta: weight of the commitment loss, which keeps the encoder near its codes.
-    l1_weight: weight of the mean absolute error beside the mean squared error; it keeps edges sharper.
-    """
+    """Loss weights."""
 
     beta: float = 0.25
+    """Weight of the commitment loss, which keeps the encoder near its codes."""
     l1_weight: float = 0.1
+    """Weight of the mean absolute error beside the mean squared error; it keeps edges sharper."""
 
     def __post_init__(self) -> None:
         if self.beta < 0 or self.l1_weight < 0:
