@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.config import CONFIG_NAME
+from jobs.folder import lock_folder
 from jobs.journal import Journal
 from jobs.progress import Progress
 from jobs.result import JobResult, result_of_books
@@ -22,38 +23,45 @@ from pipeline.schema import Reject
 
 
 class DataJob:
-    """A dataset in the making. Make it with `open`; work inside `track`; report with `finish`."""
+    """A dataset in the making. Use it by `with DataJob.open(...)`; report with `finish`."""
 
-    def __init__(self, out: Path, meta: DatasetMeta, done: dict[int, Ledger]) -> None:
-        self.out, self.meta = out, meta
+    def __init__(self, job: str, out: Path, meta: DatasetMeta, done: dict[int, Ledger], tracker: Tracker) -> None:
+        self._job, self.out, self.meta, self._tracker = job, out, meta, tracker
         self.todo = [shard for shard in range(meta.num_shards) if shard not in done]
         self._books = sum(done.values(), Ledger())
         self._started_s = time.monotonic()
-        self._tracker: Tracker | None = None
 
     @classmethod
-    def open(cls, out: Path, meta: DatasetMeta, inputs: pa.Table | None = None) -> DataJob:
-        """Raises `ConfigError` where `out` holds something else, and `DatasetError` where it is damaged."""
-        meta = dataset.create_or_resume(out, meta, inputs)
-        return cls(out, meta, dataset.committed_shards(out, meta.fingerprint))
+    @contextlib.contextmanager
+    def open(
+        cls,
+        job: str,
+        out: Path,
+        meta: DatasetMeta,
+        params: dict[str, Any],
+        inputs: Sequence[DatasetInput],
+        input_files: pa.Table | None = None,
+    ) -> Iterator[DataJob]:
+        """The job of `out` for the body, with its MLflow run, which an error in the body marks as failed.
+
+        Raises:
+            ConfigError: `out` holds something else, or another job works on it.
+            DatasetError: `out` is damaged.
+        """
+        with lock_folder(out):
+            meta = dataset.create_or_resume(out, meta, input_files)
+            done = dataset.committed_shards(out, meta.fingerprint)
+            tags = {"tokenreel.fingerprint": meta.fingerprint, "tokenreel.out": str(out)}
+            name = f"{job} {out.name}"
+            with Tracker.open(out, job=job, name=name, params=params, tags=tags, inputs=inputs) as tracker:
+                yield cls(job, out, meta, done, tracker)
 
     @contextlib.contextmanager
-    def track(self, job: str, params: dict[str, Any], inputs: Sequence[DatasetInput]) -> Iterator[None]:
-        """The MLflow run of the job, for the body; an error in it marks the run as failed."""
-        tags = {"tokenreel.fingerprint": self.meta.fingerprint, "tokenreel.out": str(self.out)}
-        tracker = Tracker.open(
-            self.out, job=job, name=f"{job} {self.out.name}", params=params, tags=tags, inputs=inputs
-        )
-        with tracker:
-            self._tracker = tracker
-            yield
-
-    @contextlib.contextmanager
-    def progress(self, job: str, unit: str) -> Iterator[OnShard]:
+    def progress(self, unit: str) -> Iterator[OnShard]:
         """A callback for finished shards that moves the progress bar and the metrics."""
         total = self.meta.num_shards
         with (
-            Progress(job, "shards", total, total - len(self.todo)) as bar,
+            Progress(self._job, "shards", total, total - len(self.todo)) as bar,
             contextlib.closing(Journal(self.out)) as journal,
         ):
 
@@ -74,17 +82,16 @@ class DataJob:
 
             yield on_shard
 
-    def finish(self, job: str, plan_rejects: Sequence[Reject], max_reject_fraction: float, **figures: Any) -> JobResult:
+    def finish(self, plan_rejects: Sequence[Reject], max_reject_fraction: float, **figures: Any) -> JobResult:
         """Check the books, write the totals, end the MLflow run.
 
         Raises:
             DatasetError: the books do not balance.
         """
-        assert self._tracker is not None
         self.meta, ledger = dataset.finish(self.out, self.meta, plan_rejects)
         assert self.meta.totals is not None
         sizes = {name: value for name, value in self.meta.totals.items() if not isinstance(value, dict)}
-        result = result_of_books(job, str(self.out), ledger, max_reject_fraction, **{**sizes, **figures})
+        result = result_of_books(self._job, str(self.out), ledger, max_reject_fraction, **{**sizes, **figures})
         result.fingerprint = self.meta.fingerprint
         result.elapsed_s = time.monotonic() - self._started_s
         summary = {

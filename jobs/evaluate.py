@@ -17,6 +17,7 @@ import tyro
 from jobs.checkpoint import list_checkpoints
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
+from jobs.folder import lock_folder
 from jobs.loop import seed_everything
 from jobs.pretrain import PretrainConfig, draw_predictions, load_objective
 from jobs.probes import make_tasks, probe, read_views
@@ -68,9 +69,12 @@ def run(config: EvaluateConfig) -> JobResult:
     ]
     run_digest = fingerprint(**to_plain(trained))
     tags = {"tokenreel.run": str(config.run), "tokenreel.model_fingerprint": run_digest}
-    with Tracker.open(
-        out, job="evaluate", name=f"evaluate {config.run.name}", params=to_plain(config), tags=tags, inputs=inputs
-    ) as tracker:
+    with (
+        lock_folder(out),
+        Tracker.open(
+            out, job="evaluate", name=f"evaluate {config.run.name}", params=to_plain(config), tags=tags, inputs=inputs
+        ) as tracker,
+    ):
         figures: dict[str, Any] = {}
         if trained.objective.mlm_weight:
             figures |= _measure_prediction(objective, tokens, config)

@@ -47,8 +47,6 @@ def run(config: ShardConfig) -> JobResult:
         "shard: %d videos in %d shards, %d rejected by the plan", plan.num_videos, len(plan.items), len(plan.rejects)
     )
     meta = describe_clips(plan, to_plain(config.settings))
-    job = DataJob.open(config.out, meta, list_inputs(plan))
-    save_config(config.out, config)
     corpus = DatasetInput(
         name=plan.root.name,
         fingerprint=meta.inputs_digest,
@@ -56,10 +54,11 @@ def run(config: ShardConfig) -> JobResult:
         context="corpus",
         totals={"videos": plan.num_videos, "bytes": sum(ref.size_bytes for item in plan.items for ref in item)},
     )
-    with job.track("shard", to_plain(config), [corpus]):
+    with DataJob.open("shard", config.out, meta, to_plain(config), [corpus], list_inputs(plan)) as job:
+        save_config(config.out, config)
         if job.todo:
             from pipeline.stages import run_shard
 
-            with connect(), job.progress("shard", "clips") as on_shard:
+            with connect(), job.progress("clips") as on_shard:
                 run_shard(plan, config.out.resolve(), job.meta, config.settings, job.todo, on_shard)
-        return job.finish("shard", plan.rejects, config.max_reject_fraction, videos=plan.num_videos)
+        return job.finish(plan.rejects, config.max_reject_fraction, videos=plan.num_videos)

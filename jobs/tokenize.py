@@ -70,9 +70,6 @@ def run(config: TokenizeConfig) -> JobResult:
     }
     meta = describe_tokens(clips, to_plain(config.settings), identity)
     meta.extra["clips"] = os.path.relpath(config.clips.resolve(), config.out.resolve())
-    job = DataJob.open(config.out, meta)
-    save_config(config.out, config)
-    shutil.copytree(folder, config.out / TOKENIZER_FOLDER, dirs_exist_ok=True)
     inputs = [
         DatasetInput(name=config.clips.name, fingerprint=clips.fingerprint, uri=str(config.clips.resolve())),
         DatasetInput(
@@ -82,11 +79,13 @@ def run(config: TokenizeConfig) -> JobResult:
             context="tokenizer",
         ),
     ]
-    with job.track("tokenize", to_plain(config), inputs):
+    with DataJob.open("tokenize", config.out, meta, to_plain(config), inputs) as job:
+        save_config(config.out, config)
+        shutil.copytree(folder, config.out / TOKENIZER_FOLDER, dirs_exist_ok=True)
         if job.todo:
             from pipeline.stages import run_tokenize
 
-            with connect(), job.progress("tokenize", "clips") as on_shard:
+            with connect(), job.progress("clips") as on_shard:
                 num_encoders, resources = _place_encoders(config.num_encoders)
                 make_encode = functools.partial(
                     _make_encode, folder.resolve(), "cuda" if "num_gpus" in resources else "cpu"
@@ -95,7 +94,7 @@ def run(config: TokenizeConfig) -> JobResult:
                     config.clips.resolve(), config.out.resolve(), job.meta, config.settings, make_encode, job.todo, on_shard,
                     num_encoders, resources,
                 )  # fmt: skip
-        result = job.finish("tokenize", [], config.max_reject_fraction)
+        result = job.finish([], config.max_reject_fraction)
     side = config.settings.frames.size_px // tokenizer.patch
     result.figures["tokens"] = result.figures["frames"] * side * side
     return result

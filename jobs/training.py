@@ -18,13 +18,14 @@ from torch import nn
 from jobs import loop
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
+from jobs.folder import lock_folder
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.loop import Batches, Context, LoopConfig, NonFiniteLoss
 from jobs.progress import follow
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
 from models.optim import OptimConfig
-from pipeline.dataset import config_differences
+from pipeline.dataset import config_differences, require_unused, write_atomic
 from pipeline.errors import ConfigError, TokenreelError
 from pipeline.schema import fingerprint
 
@@ -92,29 +93,29 @@ def run_training(
         TrainingFailed: the loss became non-finite, or workers died more often than allowed.
     """
     started_s = time.monotonic()
-    identity = _open_run(out, config, inputs)
-    tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
-    with Tracker.open(out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs) as tracker:
-        if not _is_done(out, config.loop):
-            _fit(job, out, config.loop, config.optim, config.workers, build)
-        checkpoint = loop.list_checkpoints(out)[-1]
-        cursor = loop.read_cursor(checkpoint)
-        figures = {**_curve(out), **conclude(checkpoint), "keys_digest": cursor.keys_digest}
-        if register_as:
-            tracker.register_model(register_as, out / "model")
-        summary = {f"final_{key}": float(value) for key, value in figures.items() if isinstance(value, int | float)}
-        tracker.finish("FINISHED", summary, [out / CONFIG_NAME])
-        tracker.close()
-        return JobResult(
-            job=job,
-            out=str(out),
-            planned=config.loop.steps,
-            committed=cursor.step,
-            fingerprint=identity,
-            mlflow_run_id=tracker.run_id or "",
-            elapsed_s=time.monotonic() - started_s,
-            figures={**figures, "model": str(out / "model")},
-        )
+    with lock_folder(out):
+        identity = _open_run(out, config, inputs)
+        tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
+        with Tracker.open(out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs) as tracker:
+            if not _is_done(out, config.loop):
+                _fit(job, out, config.loop, config.optim, config.workers, build)
+            checkpoint = loop.list_checkpoints(out)[-1]
+            cursor = loop.read_cursor(checkpoint)
+            figures = {**_curve(out), **conclude(checkpoint), "keys_digest": cursor.keys_digest}
+            if register_as:
+                tracker.register_model(register_as, out / "model")
+            summary = {f"final_{key}": float(value) for key, value in figures.items() if isinstance(value, int | float)}
+            tracker.finish("FINISHED", summary, [out / CONFIG_NAME])
+    return JobResult(
+        job=job,
+        out=str(out),
+        planned=config.loop.steps,
+        committed=cursor.step,
+        fingerprint=identity,
+        mlflow_run_id=tracker.run_id or "",
+        elapsed_s=time.monotonic() - started_s,
+        figures={**figures, "model": str(out / "model")},
+    )
 
 
 def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
@@ -130,10 +131,10 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
             raise ConfigError(
                 f"{out} holds a run with other settings: {words}. Choose another --out, or delete this one"
             )
-    elif out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds no run; choose another output folder")
+    else:
+        require_unused(out)
+        write_atomic(marker, (json.dumps(identity, indent=2) + "\n").encode())
     save_config(out, config)
-    marker.write_text(json.dumps(identity, indent=2) + "\n")
     return fingerprint(**identity)
 
 

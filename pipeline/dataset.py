@@ -63,17 +63,27 @@ def create_or_resume(folder: Path, meta: DatasetMeta, inputs: pa.Table | None = 
                 f"{folder} holds a dataset made with other {_differences(folder, existing, meta, inputs)}; nothing is mixed in. "
                 "Choose another output folder, or delete this one to start again"
             )
-        for leftover in (folder / "shards").glob(".*.tmp"):  # of a killed job; this one is alone in the folder
+        meta = existing
+    else:
+        require_unused(folder)
+        write_meta(folder, meta)
+    # A killed job may have come this far and no further, so each step is one that can be done again.
+    for part in (folder, *(folder / name for name in ("shards", "index", "rejects"))):
+        part.mkdir(exist_ok=True)
+        for leftover in part.glob(".*.tmp"):
             leftover.unlink()
-        return existing
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {_META}; choose another output folder")
-    for part in ("shards", "index", "rejects"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    if inputs is not None:
-        pq.write_table(inputs, folder / _INPUTS)
-    write_meta(folder, meta)
+    if inputs is not None and not (folder / _INPUTS).exists():
+        buffer = io.BytesIO()
+        pq.write_table(inputs, buffer)
+        write_atomic(folder / _INPUTS, buffer.getvalue())
     return meta
+
+
+def require_unused(folder: Path) -> None:
+    """Make `folder`, or raise `ConfigError` where it holds more than hidden files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if found := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
+        raise ConfigError(f"{folder} holds other files ({', '.join(sorted(found)[:3])}); choose another output folder")
 
 
 def read_meta(folder: Path, *, kind: str | None = None, complete: bool = False) -> DatasetMeta:

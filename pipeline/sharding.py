@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, field
@@ -20,6 +21,7 @@ from pipeline.ledger import Ledger
 from pipeline.probe import VideoInfo, probe
 from pipeline.schema import INPUT_SCHEMA, ClipSpan, Reject, VideoRef, draw_split, fingerprint
 
+_UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESTALE)
 _EXTENSIONS = {"mov": "mp4", "matroska": "mkv", "mpegts": "ts", "mpeg": "mpg", "mpegvideo": "mpg"}
 
 
@@ -135,20 +137,18 @@ class _Video:
     def read(self) -> Iterator[Sample | Reject]:
         """A sample or a reject for each planned clip; one reject where the video fails as a whole."""
         try:
-            with self._open() as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            with (self._root / self._ref.path).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
                 info = probe(file, self._settings.limits)
                 require_decodable(file, info, self._settings.limits)
                 for span in plan_clips(info.duration_s, self._settings.clips):
                     yield self._read_span(file, digest, info, span)
         except BadVideo as bad:
             yield self._reject(bad)
-
-    def _open(self) -> IO[bytes]:
-        try:
-            return (self._root / self._ref.path).open("rb")
         except OSError as error:
-            raise BadVideo("unreadable", f"cannot be opened: {error.strerror}") from error
+            if error.errno not in _UNREADABLE:  # a full disk is not the video's fault
+                raise
+            yield self._reject(BadVideo("unreadable", f"cannot be read: {error.strerror}"))
 
     def _read_span(self, file: IO[bytes], digest: str, info: VideoInfo, span: ClipSpan) -> Sample | Reject:
         settings = self._settings

@@ -287,9 +287,19 @@ class TestResume:
         with pytest.raises(ConfigError, match="kind or version"):
             create_or_resume(tmp_path, describe("clips", fingerprint="g"))
 
+    def test_a_job_killed_while_it_made_the_folder(self, tmp_path: Path) -> None:
+        """Whatever part of the first steps was done, and whatever was left half-written, the next run takes it up."""
+        (tmp_path / ".dataset.json.123.tmp").write_text("{")
+        meta = create_or_resume(tmp_path, describe())
+        (tmp_path / "index").rmdir()
+        (tmp_path / "shards" / ".000000.9.tmp").write_bytes(b"half")
+        assert create_or_resume(tmp_path, describe()) == meta
+        assert (tmp_path / "index").is_dir()
+        assert not list(tmp_path.rglob("*.tmp"))
+
     def test_foreign_files(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("keep me")
-        with pytest.raises(ConfigError, match="not empty"):
+        with pytest.raises(ConfigError, match=r"holds other files.*thesis"):
             create_or_resume(tmp_path, describe())
         assert (tmp_path / "thesis.txt").read_text() == "keep me"
 
