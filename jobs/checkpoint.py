@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.files import sync_path
+
 _STATE = "state.json"
 
 
@@ -33,22 +35,27 @@ class Cursor:
 
 def save_checkpoint(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, cursor: Cursor, keep: int) -> Path:
     """Write the checkpoint of `cursor.step`, then delete all but the newest `keep`. Returns its folder."""
+    weights = {name: value.detach() for name, value in module.state_dict().items()}
+    final = write_checkpoint(run, weights, _flatten(optimizer), cursor)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def write_checkpoint(run: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], cursor: Cursor) -> Path:
+    """Write the checkpoint of `cursor.step`, whole or not at all, from plain tensors. Returns its folder."""
     final = run / "checkpoints" / f"{cursor.step:08d}"
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
-    save_file(
-        {name: t.detach().contiguous() for name, t in module.state_dict().items()}, temporary / "model.safetensors"
-    )
-    save_file(_flatten(optimizer), temporary / "optimizer.safetensors")
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "model.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
     (temporary / _STATE).write_text(json.dumps(asdict(cursor)))
     for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+        sync_path(path)
     if final.exists():  # a step that a resumed run does again
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(final.parent)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    sync_path(final.parent)
     return final
 
 
@@ -59,6 +66,11 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def read_cursor(checkpoint: Path) -> Cursor:
     return Cursor(**json.loads((checkpoint / _STATE).read_text()))
+
+
+def read_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights by name, and the optimiser's state by parameter number, on the CPU."""
+    return load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
@@ -99,11 +111,3 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
     return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,6 +40,9 @@ _JOBS = {
     "train-tokenizer": _Job(
         module="jobs.train_tokenizer", config="TrainTokenizerConfig", summary="clips -> VQ-VAE tokenizer"
     ),
+    "import-dvae": _Job(
+        module="jobs.import_dvae", config="ImportDvaeConfig", summary="published DALL-E dVAE -> tokenizer"
+    ),
     "tokenize": _Job(module="jobs.tokenize", config="TokenizeConfig", summary="clips + tokenizer -> token dataset"),
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
@@ -104,7 +107,7 @@ def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
             if argv and argv[0] in ("-h", "--help"):
                 print(f"usage: {program} RECIPE --tokens TOKENS --out RUN [options]\n\nrecipes:")
                 print(
-                    "\n".join(f"  {name:<16} {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+                    "\n".join(f"  {name:<26} {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
                 )
                 print(f"\n{program} RECIPE --help lists the options with that recipe's values.")
                 raise SystemExit(0)

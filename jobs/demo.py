@@ -16,6 +16,8 @@ from jobs.result import JobResult
 from jobs.training import WorkersConfig
 from models.tokenizers.vqvae import VqvaeConfig
 from pipeline.clips import ClipConfig
+from pipeline.corpus import list_corpus
+from pipeline.dataset import read_index
 from pipeline.decode import FrameConfig, TranscodeConfig
 from pipeline.frames import FrameLoaderConfig
 from pipeline.sharding import ShardSettings
@@ -92,7 +94,8 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
         storage="transcode",
         transcode=TranscodeConfig(short_side_px=144),
         videos_per_shard=4,
-        val_fraction=0.35,  # so that the held-out figures rest on more than one scene of a small corpus
+        # So that the held-out figures rest on more than one scene; of a handful of videos none can be spared.
+        val_fraction=0.35 if len(list_corpus(corpus, "*")[1]) >= 8 else 0.0,
     )
     recipe = recipes.debug()
     return {
@@ -120,12 +123,19 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
                 recipe,
                 tokens=tokens,
                 out=model,
+                loader=replace(recipe.loader, batch_size=_fit_batch(tokens, recipe.loader.batch_size)),
                 loop=replace(recipe.loop, steps=config.pretrain_steps),
                 register_as="tokenreel-demo",
             )
         ),
         "evaluate": lambda: evaluate.run(evaluate.EvaluateConfig(run=model)),
     }
+
+
+def _fit_batch(tokens: Path, wanted: int) -> int:
+    """The recipe's batch, or as much of it as a small corpus of one's own fills, in equal parts for two workers."""
+    num_train = read_index(tokens, ["split"])["split"].to_pylist().count("train")
+    return max(2, min(wanted, num_train // 2 * 2))
 
 
 def _figures(results: dict[str, JobResult]) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _say(out: Path, results: dict[str, JobResult], figures: dict[str, Any]) -> N
         f"  tokens     {figures['tokens']:,} tokens",
         f"  model      loss {figures['loss_start']:.2f} -> {figures['loss_end']:.2f}; masked-token accuracy "
         f"{figures['masked_token_accuracy']:.1%} (unigram {figures['unigram_accuracy']:.1%}, {figures['eval_split']})",
-        f"  probes     {probes}",
+        f"  probes     {probes or 'none: they need more than one video'}",
         f"Contact sheet: {figures['contact_sheet']}",
         "MLflow:        tokenreel ui   (make ui), then open the address that it prints",
     ]

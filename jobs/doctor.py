@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from jobs.mlflow_store import probe_store, redact_uri, resolve_tracking_uri
 from jobs.result import JobResult
-from jobs.tracking import probe_store, redact_uri, resolve_tracking_uri
 
 log = logging.getLogger(__name__)
 

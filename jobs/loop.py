@@ -38,6 +38,8 @@ class LoopConfig:
 
     steps: int = 1000
     """Optimiser steps of the whole run; the learning-rate schedule spans them."""
+    schedule_steps: int | None = None
+    """Steps that the learning-rate schedule spans, where a second stage continues this run; by default, `steps`."""
     save_every_steps: int = 100
     """Steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2
@@ -49,7 +51,16 @@ class LoopConfig:
     seed: int = 0
     """Seed of initial weights and dropout."""
 
+    @property
+    def num_schedule_steps(self) -> int:
+        """Steps that the learning-rate schedule spans."""
+        return self.schedule_steps or self.steps
+
     def __post_init__(self) -> None:
+        if self.schedule_steps is not None and self.schedule_steps < self.steps:
+            raise ValueError(
+                f"LoopConfig: schedule_steps is {self.schedule_steps}; allowed: steps = {self.steps} or more, or none"
+            )
         if min(self.steps, self.save_every_steps, self.keep_checkpoints) < 1 or self.picture_every_steps < 0:
             raise ValueError(
                 f"LoopConfig: steps = {self.steps}, save_every_steps = {self.save_every_steps}, keep_checkpoints = "
@@ -161,7 +172,7 @@ def _step(
     optim: OptimConfig,
 ) -> dict[str, float]:
     seed_everything(config.seed, step, context.rank)
-    lr = lr_at(step, config.steps, optim)
+    lr = lr_at(step, config.num_schedule_steps, optim)
     for group in optimizer.param_groups:
         group["lr"] = lr
     with torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bf16"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ import tyro
 from safetensors.torch import save_file
 from torch import nn
 
-from jobs.checkpoint import load_weights
+from jobs.checkpoint import list_checkpoints, load_weights, read_cursor, read_tensors, write_checkpoint
+from jobs.config import CONFIG_NAME, load_config
 from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.result import JobResult
 from jobs.tokenize import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
-from jobs.training import Task, WorkersConfig, run_training
-from models.optim import OptimConfig
+from jobs.training import Task, WorkersConfig, read_run_fingerprint, run_training
+from models.optim import OptimConfig, lr_at
+from models.stage2 import resize_moments, resize_positions
 from models.tokenizers.base import load_tokenizer
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.dataset import read_meta
 from pipeline.errors import ConfigError
 from pipeline.loader import LoaderConfig, TokenLoader
 
+log = logging.getLogger(__name__)
 _PICTURE_CLIPS = 4
 NUM_VIEWS = 2
 """Clips a video in one batch; the contrastive loss compares them."""
@@ -43,6 +47,8 @@ class PretrainConfig:
     """Token dataset, made by `tokenreel tokenize`."""
     out: Path
     """Folder of the run; the model ends up in its model/."""
+    continue_from: Path | None = None
+    """Folder of a finished run whose weights, optimiser state and step this one starts from, maybe on a finer grid."""
     recipe: tyro.conf.Suppress[str] = "custom"
     backbone: VimpacConfig = field(default_factory=VimpacConfig)
     objective: VimpacObjectiveConfig = field(default_factory=VimpacObjectiveConfig)
@@ -68,15 +74,95 @@ def run(config: PretrainConfig) -> JobResult:
     tokens = DatasetInput(
         name=config.tokens.name, fingerprint=meta.fingerprint, uri=str(config.tokens.resolve()), totals=totals
     )
+    inputs = [tokens]
+    if config.continue_from is not None:
+        check_source(config, config.continue_from)
+        source = read_run_fingerprint(config.continue_from)
+        uri = str(config.continue_from.resolve())
+        inputs.append(
+            DatasetInput(name=config.continue_from.name, fingerprint=source, uri=uri, context="continued run")
+        )
     return run_training(
         "pretrain",
         config.out,
         config,
         functools.partial(_build, replace(config, tokens=config.tokens.resolve())),
-        [tokens],
+        inputs,
         functools.partial(_conclude, config),
-        name=f"{config.recipe} {config.out.name}",
+        name=f"pretrain {config.recipe} {config.out.name}",
         register_as=config.register_as,
+        begin=None if config.continue_from is None else functools.partial(continue_run, config, config.continue_from),
+    )
+
+
+def check_source(config: PretrainConfig, run: Path) -> None:
+    """Check that `config` can continue the finished `run`: only the grid, the masks and the data may differ.
+
+    A finished run's last checkpoint is a function of its settings and inputs, so its fingerprint stands for it.
+
+    Raises:
+        ConfigError: names what differs, with both values.
+    """
+    if not (run / CONFIG_NAME).exists() or not list_checkpoints(run):
+        raise ConfigError(f"continue_from: {run} holds no pre-training run with a checkpoint; give the --out of one")
+    source = load_config(run / CONFIG_NAME, PretrainConfig)
+    step = read_cursor(list_checkpoints(run)[-1]).step
+    if step < source.loop.steps:
+        raise ConfigError(f"continue_from: {run} has done {step} of {source.loop.steps} steps; finish it first")
+    if step >= config.loop.steps:
+        raise ConfigError(
+            f"continue_from: {run} has done {step} steps, and loop.steps = {config.loop.steps} counts them too; allowed: "
+            f"more than {step}"
+        )
+    here = _parts(config)
+    differences = [
+        f"{name} = {old!r} (here {here[name]!r})" for name, old in _parts(source).items() if old != here[name]
+    ]
+    differences += _tokenizer_differences(source.tokens, config.tokens)
+    if differences:
+        raise ConfigError(f"continue_from: {run} has another network or other codes: {'; '.join(differences)}")
+    before = lr_at(step, source.loop.num_schedule_steps, source.optim)
+    after = lr_at(step, config.loop.num_schedule_steps, config.optim)
+    if before != after:
+        log.warning("the learning rate changes from %.3g to %.3g where %s is continued", before, after, run)
+
+
+def _parts(config: PretrainConfig) -> dict[str, Any]:
+    """What decides which parameters there are and what they compute, but for the grid."""
+    same = ("codebook_size", "hidden", "layers", "heads", "head_dim", "mlp", "num_frames", "layout", "norm")
+    task = config.objective
+    return {
+        **{f"backbone.{name}": getattr(config.backbone, name) for name in same},
+        "masked prediction": task.mlm_weight > 0,
+        "contrast": task.alpha > 0,
+        "contrastive head (layers, hidden, out)": (task.head_layers, task.head_hidden, task.head_out)
+        if task.alpha
+        else None,
+    }
+
+
+def _tokenizer_differences(old: Path, new: Path) -> list[str]:
+    """Codes of two tokenizers mean different things, even with codebooks of one size."""
+    try:
+        before, after = (read_meta(folder, kind="tokens").extra["tokenizer"]["fingerprint"] for folder in (old, new))
+    except ConfigError as error:
+        log.warning("cannot tell whether both runs have tokens of one tokenizer: %s", error)
+        return []
+    return [f"tokenizer {before} (here {after})"] if before != after else []
+
+
+def continue_run(config: PretrainConfig, run: Path) -> None:
+    """Write the first checkpoint of `config.out`: the last one of `run`, resized to the grid of `config`.
+
+    The step and the digest of consumed keys go on, so the learning rate and the order of the data do too.
+    """
+    checkpoint = list_checkpoints(run)[-1]
+    weights, moments = read_tensors(checkpoint)
+    grid = config.backbone.grid_height, config.backbone.grid_width
+    with torch.device("meta"):  # its names are all that is needed
+        objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+    write_checkpoint(
+        config.out, resize_positions(weights, grid), resize_moments(moments, objective, grid), read_cursor(checkpoint)
     )
 
 

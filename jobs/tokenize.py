@@ -41,7 +41,7 @@ class TokenizeConfig:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the token dataset to."""
     tokenizer: Path
-    """Folder of a tokenizer, or of the run that trained it."""
+    """Folder of a tokenizer, or of the run that trained or imported it."""
     settings: Annotated[TokenizeSettings, tyro.conf.arg(name="")] = field(default_factory=TokenizeSettings)
     num_encoders: int = 0
     """Encoders, one GPU each, or one CPU each where there is none; 0 takes every GPU, or every second CPU."""
@@ -106,7 +106,7 @@ def find_tokenizer(folder: Path) -> Path:
         if (candidate / "model.safetensors").exists():
             return candidate
     raise ConfigError(
-        f"--tokenizer {folder}: no tokenizer there; give the folder that `tokenreel train-tokenizer` wrote"
+        f"--tokenizer {folder}: no tokenizer there; give the folder that `tokenreel train-tokenizer` or `tokenreel import-dvae` wrote"
     )
 
 

@@ -63,7 +63,7 @@ def run(config: TrainTokenizerConfig) -> JobResult:
         functools.partial(_build, replace(config, clips=config.clips.resolve())),
         [clips],
         functools.partial(_conclude, config),
-        name=f"tokenizer {config.out.name}",
+        name=f"train-tokenizer {config.out.name}",
     )
 
 

@@ -25,14 +25,16 @@ from jobs.progress import follow
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
 from models.optim import OptimConfig
-from pipeline.dataset import config_differences, require_unused, write_atomic
+from pipeline.dataset import config_differences, require_unused
 from pipeline.errors import ConfigError, TokenreelError
+from pipeline.files import write_atomic
 from pipeline.schema import fingerprint
 
 log = logging.getLogger(__name__)
 _FAILURE = "failure.json"
-_NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens")
-"""Settings that may change between a run and its resume; datasets count by fingerprint, not by where they lie."""
+_MARKER = "run.json"
+_NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "continue_from")
+"""Settings that may change between a run and its resume; inputs count by fingerprint, not by where they lie."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,7 @@ def run_training(
     *,
     name: str,
     register_as: str = "",
+    begin: Callable[[], None] | None = None,
 ) -> JobResult:
     """Train on the cluster until `config.loop.steps`, resuming what stands in `out`, and return the job's result.
 
@@ -87,6 +90,7 @@ def run_training(
         build: makes the task on each worker; must be picklable.
         conclude: given the last checkpoint, writes `out/model/` and returns the job's own figures.
         register_as: name in the MLflow model registry; empty registers nothing.
+        begin: writes the checkpoint that a run without one starts from; by default it starts from fresh weights.
 
     Raises:
         ConfigError: `out` holds a run with other settings or other data.
@@ -95,6 +99,8 @@ def run_training(
     started_s = time.monotonic()
     with lock_folder(out):
         identity = _open_run(out, config, inputs)
+        if begin is not None and not loop.list_checkpoints(out):
+            begin()
         tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
         with Tracker.open(out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs) as tracker:
             if not _is_done(out, config.loop):
@@ -123,7 +129,7 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
     plain = to_plain(config)
     identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
     identity["inputs"] = [one.fingerprint for one in inputs]
-    marker = out / "run.json"
+    marker = out / _MARKER
     if marker.exists():
         before = json.loads(marker.read_text())
         if differences := list(config_differences(before, identity)):
@@ -136,6 +142,11 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
         write_atomic(marker, (json.dumps(identity, indent=2) + "\n").encode())
     save_config(out, config)
     return fingerprint(**identity)
+
+
+def read_run_fingerprint(run: Path) -> str:
+    """The fingerprint that a run's job returned: of its settings and inputs."""
+    return fingerprint(**json.loads((run / _MARKER).read_text()))
 
 
 def _is_done(out: Path, config: LoopConfig) -> bool:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from jobs.mlflow_store import redact_uri, resolve_tracking_uri
 from jobs.result import JobResult
-from jobs.tracking import redact_uri, resolve_tracking_uri
 from pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)

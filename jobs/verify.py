@@ -11,7 +11,8 @@ from typing import Annotated
 import tyro
 
 from jobs.result import JobResult
-from pipeline import dataset
+from pipeline.dataset import read_meta
+from pipeline.verify import verify as verify_dataset
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ class VerifyConfig:
 
 def run(config: VerifyConfig) -> JobResult:
     started_s = time.monotonic()
-    meta = dataset.read_meta(config.dataset)
-    problems = list(dataset.verify(config.dataset))
+    meta = read_meta(config.dataset)
+    problems = list(verify_dataset(config.dataset))
     for problem in problems:
         log.error(problem)
     num_samples = (meta.totals or {}).get("committed", 0)

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.files import sync_path, write_atomic
 from pipeline.ledger import Ledger
 from pipeline.schema import CLIP_SCHEMA, REJECT_SCHEMA, SCHEMA_VERSION, TOKEN_SCHEMA, Reject
 
@@ -114,17 +115,6 @@ def write_meta(folder: Path, meta: DatasetMeta) -> None:
     write_atomic(folder / _META, (json.dumps(asdict(meta), indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all; durable when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
 class ShardWriter:
     """Writes one shard: `add` samples, then `commit`. Until then nothing is visible under a final name.
 
@@ -148,7 +138,7 @@ class ShardWriter:
         """
         payload = member[payload_start:]
         offset = self._add_member(f"{row['key']}.{ext}", member) + payload_start
-        info = json.dumps(_sample_info(row), sort_keys=True).encode()
+        info = json.dumps(sample_info(row), sort_keys=True).encode()
         self._rows.append(
             {
                 **row,
@@ -174,7 +164,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.rename(self._tar_path)
-        _sync_folder(self._tar_path.parent)
+        sync_path(self._tar_path.parent)
         write_rejects(self._folder, self._name, rejects)
         shard_info = json.dumps(
             {"fingerprint": self._meta.fingerprint, "tar_bytes": self._tar_path.stat().st_size, **ledger.to_json()}
@@ -305,107 +295,6 @@ def read_payload(folder: Path, row: dict[str, Any]) -> bytes:
     return data
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Yield one line for every problem: bytes, index, books, splits, duplicates, foreign or half-written files."""
-    meta = read_meta(folder)
-    shards: dict[int, Ledger] = {}
-    keys: dict[str, int] = {}
-    splits: dict[str, str] = {}
-    index_files = sorted((folder / "index").glob("[0-9]*.parquet"))
-    for path in index_files:
-        try:
-            info = shard_info(path)
-        except DatasetError as error:
-            yield str(error)
-            continue
-        shard = int(path.stem)
-        shards[shard] = Ledger.from_json(info)
-        if info["fingerprint"] != meta.fingerprint:
-            yield f"{path}: belongs to dataset {info['fingerprint']}, not to {meta.fingerprint}"
-        yield from _verify_shard(folder, path, info, keys, splits)
-    yield from (f"{folder}: shard {s:06d} is missing" for s in sorted(set(range(meta.num_shards)) - set(shards)))
-    indexed = {f"{s:06d}.tar" for s in shards}
-    for path in sorted((folder / "shards").iterdir()):
-        if path.name not in indexed:
-            yield f"{path}: no index counts it (left by a broken-off job, or foreign); readers ignore it"
-    yield from _verify_books(folder, meta, shards)
-
-
-def _verify_shard(
-    folder: Path, index_path: Path, info: dict[str, Any], keys: dict[str, int], splits: dict[str, str]
-) -> Iterator[str]:
-    shard = int(index_path.stem)
-    tar_path = shard_path(folder, shard)
-    if not tar_path.exists():
-        yield f"{tar_path}: missing, though {index_path.name} counts it"
-        return
-    if tar_path.stat().st_size != info["tar_bytes"]:
-        yield f"{tar_path}: {tar_path.stat().st_size} bytes; {info['tar_bytes']} were committed"
-    try:
-        rows = pq.read_table(index_path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield f"{index_path}: cannot be read: {error}"
-        return
-    if len(rows) != info["committed"]:
-        yield f"{index_path}: {len(rows)} rows; its books say {info['committed']}"
-    for row in rows:
-        if row["key"] in keys:
-            yield f"{tar_path}: key {row['key']} stands in shard {keys[row['key']]:06d} too"
-        keys[row["key"]] = shard
-        if splits.setdefault(row["video_id"], row["split"]) != row["split"]:
-            yield f"{tar_path}: video {row['video_id']} stands in both splits"
-        try:
-            read_payload(folder, {**row, "shard": shard})
-            _check_json(tar_path, row)
-        except (DatasetError, OSError) as error:
-            yield str(error)
-    try:
-        with tarfile.open(tar_path) as tar:
-            names = {member.name.partition(".")[0] for member in tar}
-    except tarfile.TarError as error:
-        yield f"{tar_path}: not a readable tar: {error}"
-        return
-    if names != {row["key"] for row in rows}:
-        yield f"{tar_path}: its members are not the samples of its index"
-
-
-def _check_json(tar_path: Path, row: dict[str, Any]) -> None:
-    with tar_path.open("rb") as file:
-        data = os.pread(file.fileno(), row["json_size"], row["json_offset"])
-    try:
-        same = json.loads(data) == _sample_info(row)
-    except ValueError:
-        same = False
-    if not same:
-        raise DatasetError(f"{tar_path}: the JSON of sample {row['key']} does not say what its index says")
-
-
-def _sample_info(row: dict[str, Any]) -> dict[str, Any]:
-    """What KEY.json says of a sample: its index row without its place in the shard."""
-    return {name: value for name, value in row.items() if value is not None and name not in _PLACE}
-
-
-def _verify_books(folder: Path, meta: DatasetMeta, shards: dict[int, Ledger]) -> Iterator[str]:
-    try:
-        rejects = read_rejects(folder)
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        yield f"{folder / 'rejects'}: cannot be read: {error}"
-        return
-    found = Ledger()
-    found.add_rejects(rejects)
-    if meta.totals is None:
-        yield f"{folder}: unfinished; run the command that writes it again"
-        return
-    books = Ledger.from_json(meta.totals)
-    found.planned, found.committed = books.planned, sum(ledger.committed for ledger in shards.values())
-    if found != books:
-        yield f"{folder}: {_META} says {books.to_json()}, the files say {found.to_json()}"
-    try:
-        books.check()
-    except DatasetError as error:
-        yield f"{folder}: {error}"
-
-
 def _differences(folder: Path, existing: DatasetMeta, wanted: DatasetMeta, inputs: pa.Table | None) -> str:
     parts = [
         f"setting {name} = {old!r} (now {new!r})"
@@ -445,9 +334,6 @@ def _spans(index: pa.Table) -> Iterable[tuple[float, float]]:
     return zip(index["start_s"].to_pylist(), index["end_s"].to_pylist(), strict=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sample_info(row: dict[str, Any]) -> dict[str, Any]:
+    """What KEY.json says of a sample: its index row without its place in the shard."""
+    return {name: value for name, value in row.items() if value is not None and name not in _PLACE}

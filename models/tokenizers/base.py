@@ -22,7 +22,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 # kind in config.json -> module and class. Imported on use, so that one tokenizer does not load all.
-_KINDS = {"vqvae": ("models.tokenizers.vqvae", "Vqvae")}
+_KINDS = {"vqvae": ("models.tokenizers.vqvae", "Vqvae"), "dvae": ("models.tokenizers.dvae", "Dvae")}
 
 
 class Tokenizer(nn.Module, ABC):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from jobs import pretrain
 from jobs.config import save_config
 from jobs.journal import read_journal
 from pipeline.dataset import read_meta
@@ -63,3 +67,26 @@ def test_a_killed_training_run_resumes_to_identical_losses(stages: Stages, clust
 
 def losses(journal: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_journal(journal)]
+
+
+def test_a_killed_worker_is_replaced_and_changes_no_loss(stages: Stages, cluster: str, tmp_path: Path) -> None:
+    """One of two workers dies; the job itself goes on from its last checkpoint, and nobody has to run it again."""
+    out = tmp_path / "out"
+    config = replace(small_pretrain_config(stages.tokens, out), register_as="")
+    journal = out / "metrics.jsonl"
+    killed = threading.Event()
+
+    def kill_one() -> None:
+        while not any(row["step"] >= 5 for row in read_journal(journal)):
+            time.sleep(0.01)
+        workers = [
+            process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(process.info["cmdline"])
+        ]
+        workers[0].kill()
+        killed.set()
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    result = pretrain.run(config)
+    assert killed.is_set()
+    assert result.status == "done"
+    assert losses(journal) == losses(stages.model / "metrics.jsonl")

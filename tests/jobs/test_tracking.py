@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from jobs import tracking
+from jobs import shipper
 from jobs.journal import Journal, SystemSampler, read_journal
-from jobs.tracking import STATE_NAME, DatasetInput, Tracker, read_run_id, redact_uri, ship_leftovers
+from jobs.mlflow_store import open_client, redact_uri
+from jobs.spool import STATE_NAME
+from jobs.tracking import DatasetInput, Tracker, read_run_id, ship_leftovers
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def client(store: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    monkeypatch.setattr(tracking, "_POLL_S", 0.05)
-    return tracking._open_client(store)
+    monkeypatch.setattr(shipper, "_POLL_S", 0.05)
+    return open_client(store)
 
 
 def open_tracker(out: Path, **kwargs: Any) -> Tracker:
@@ -280,7 +282,7 @@ def test_server_away_for_the_whole_job_and_back(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "away")
-    monkeypatch.setattr(tracking, "_BACKOFF_MAX_S", 0.5)
+    monkeypatch.setattr(shipper, "_BACKOFF_MAX_S", 0.5)
     out, weights = tmp_path / "out", tmp_path / "weights"
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"0" * 100)

@@ -29,10 +29,11 @@ from pipeline.dataset import (
     read_meta,
     read_payload,
     read_rejects,
-    verify,
 )
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.files import write_atomic
 from pipeline.schema import INPUT_SCHEMA, Reject
+from pipeline.verify import verify
 from tests.pipeline.datasets import add_codes, describe, make_codes, make_row, make_token_dataset
 
 REJECT = Reject(path="bad.mp4", stage="shard", reject_class="corrupt", reason="cut off")
@@ -224,20 +225,20 @@ class TestCommit:
 class TestWriteAtomic:
     def test_replaces_whole(self, tmp_path: Path) -> None:
         path = tmp_path / "a"
-        dataset.write_atomic(path, b"old")
-        dataset.write_atomic(path, b"new")
+        write_atomic(path, b"old")
+        write_atomic(path, b"new")
         assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
     def test_a_failure_keeps_the_old(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "a"
-        dataset.write_atomic(path, b"old")
+        write_atomic(path, b"old")
 
         def full(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            dataset.write_atomic(path, b"new")
+            write_atomic(path, b"new")
         assert path.read_bytes() == b"old"
 
 

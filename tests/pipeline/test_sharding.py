@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.clips import ClipConfig
-from pipeline.dataset import create_or_resume, finish, read_index, read_payload, read_rejects, verify
+from pipeline.dataset import create_or_resume, finish, read_index, read_payload, read_rejects
 from pipeline.decode import TranscodeConfig
 from pipeline.errors import ConfigError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
 from pipeline.schema import REJECT_CLASSES, draw_split
 from pipeline.sharding import ShardSettings, describe_clips, list_inputs, plan_shards, write_clip_shard
+from pipeline.verify import verify
 from tests.corpora import make_broken_corpus, make_clip, real_clips
 
 WINDOWS = ShardSettings(storage="transcode", clips=ClipConfig(mode="window", window_s=1.0), videos_per_shard=2)

@@ -24,7 +24,6 @@ from pipeline.dataset import (
     read_payload,
     read_rejects,
     shard_path,
-    verify,
 )
 from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError, DatasetError
@@ -40,6 +39,7 @@ from pipeline.tokenizing import (
     read_clip_rows,
     write_token_shard,
 )
+from pipeline.verify import verify
 from tests.corpora import make_clip
 
 SETTINGS = TokenizeSettings(frames=FrameConfig(fps=5, size_px=16), batch_frames=4)

@@ -1,0 +1,378 @@
+"""The background thread that copies a job's folder to MLflow; see `jobs.tracking` for what it promises."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jobs.journal import JOURNAL_NAME, parse_row
+from jobs.mlflow_store import digest_text, open_client, probe_store, redact_uri
+from jobs.spool import MAX_TAG, SPOOL_NAME, STATE_NAME, clean_name, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+_BACKOFF_MAX_S = 60.0
+_WARN_EVERY_S = 60.0
+_READ_BYTES = 4 << 20
+_METRICS_A_CALL = 1000
+_PAIRS_A_CALL = 100
+_MAX_INPUT_TAG = 500
+
+
+class Shipper:
+    """The background thread that copies one out folder to MLflow, and the only one that talks to MLflow."""
+
+    def __init__(self, out: Path, tracking_uri: str) -> None:
+        self._out = out
+        self._uri = tracking_uri
+        self._state = self._read_state()
+        self._client: Any = None
+        self._is_attached = False
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._deadline_s = math.inf
+        self._warned_s = -math.inf
+        self._thread = threading.Thread(target=self._run, name="tokenreel-mlflow", daemon=True)
+        self.is_done = False
+
+    @property
+    def run_id(self) -> str | None:
+        return self._state.get("run_id") or None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self, timeout_s: float) -> None:
+        self._deadline_s = time.monotonic() + timeout_s
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        backoff_s, num_failed_closing = _POLL_S, 0
+        while True:
+            is_last = self._closing.is_set()  # read before the pass: what was written before the stop is in it
+            self._wake.clear()
+            try:
+                self._ship()
+                backoff_s = _POLL_S
+                self.is_done = is_last
+                wait_s = _POLL_S
+            except Exception as error:  # whatever MLflow, its server or its database does: the job goes on
+                self._warn(f"MLflow at {redact_uri(self._uri)} is not taking data, will try again: {_brief(error)}")
+                self._is_attached = False
+                wait_s = 1.0 if is_last else backoff_s
+                backoff_s = min(2 * backoff_s, _BACKOFF_MAX_S)
+                num_failed_closing += is_last
+            if self.is_done or num_failed_closing >= 3 or time.monotonic() + wait_s > self._deadline_s:
+                return
+            if is_last:
+                time.sleep(wait_s)
+            else:
+                self._wait(wait_s)
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep until something changes; while MLflow fails (backoff), only the stop counts as a change."""
+        (self._wake if self._is_attached else self._closing).wait(seconds)
+
+    def _ship(self) -> None:
+        """Bring MLflow up to date with the folder. Raises whatever failed; all that was taken is in the state file."""
+        spool = read_json(self._out / SPOOL_NAME)
+        if not self._is_attached:
+            probe_store(self._uri)
+            if self._client is None:
+                self._client = open_client(self._uri)
+            self._attach(spool)
+        self._ship_params(spool)
+        self._ship_tags(spool)
+        self._ship_inputs(spool)
+        for path in [self._out / JOURNAL_NAME, *sorted(self._out.glob("system*.jsonl"))]:
+            self._ship_journal(path)
+        self._ship_files(sorted(self._out.glob("pictures/*.png")), "pictures")
+        if spool["model"] is not None:
+            self._ship_model(spool["model"], spool["tags"])
+        if self._closing.is_set() and (ending := spool["ending"]) is not None:
+            self._ship_ending(ending)
+
+    def _attach(self, spool: dict[str, Any]) -> None:
+        """Find the folder's run, or create it, and set it to RUNNING unless it is ending."""
+        run_id = self._state["run_id"]
+        if run_id and not self._is_alive(run_id):
+            log.warning(f"MLflow run {run_id} was deleted; {self._out} goes to a new one")
+            self._state, run_id = self._new_state(), ""
+        if not run_id:
+            self._state["run_id"] = self._create_run(spool)
+            self._save_state()
+        elif spool["ending"] is None:
+            self._client.update_run(run_id, status="RUNNING")
+        self._is_attached = True
+
+    def _create_run(self, spool: dict[str, Any]) -> str:
+        """The id of a new run, or of the one that an earlier attempt made whose answer was lost."""
+        experiment_id = self._find_experiment(spool["experiment"])
+        known = f"tags.`tokenreel.spool_id` = '{spool['spool_id']}'"
+        if runs := self._client.search_runs([experiment_id], known, max_results=1):
+            if spool["ending"] is None:
+                self._client.update_run(runs[0].info.run_id, status="RUNNING")
+            return str(runs[0].info.run_id)
+        tags = {"tokenreel.spool_id": spool["spool_id"], "mlflow.source.name": "tokenreel"}
+        run = self._client.create_run(experiment_id, spool["start_time_ms"], tags, spool["name"])
+        return str(run.info.run_id)
+
+    def _is_alive(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def _find_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if (experiment := self._client.get_experiment_by_name(name)) is not None:
+            return str(experiment.experiment_id)
+        location = None
+        if self._uri.startswith("sqlite:"):
+            # Without a server MLflow puts artifacts below the working directory of whoever asks; keep them beside the
+            # database, where `tokenreel ui` finds them too.
+            database = Path(self._uri.removeprefix("sqlite:///").split("?")[0])
+            location = (database.resolve().parent / "mlartifacts" / clean_name(name).replace("/", "-")).as_uri()
+        try:
+            # The kind makes MLflow open its training pages, not those for prompts and traces.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another job was faster
+                return str(self._client.get_experiment_by_name(name).experiment_id)
+            raise
+
+    def _ship_params(self, spool: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        if (digest := digest_text(spool["params"])) == self._state["params"]:
+            return
+        known = self._client.get_run(self.run_id).data.params
+        fresh = [Param(key, value) for key, value in spool["params"].items() if key not in known]
+        for start in range(0, len(fresh), _PAIRS_A_CALL):
+            batch = fresh[start : start + _PAIRS_A_CALL]
+            self._send("params", self._client.log_batch, self.run_id, params=batch)
+        changed = {key: value for key, value in spool["params"].items() if known.get(key, value) != value}
+        if changed:
+            text = json.dumps(changed, sort_keys=True)[:MAX_TAG]
+            self._send("params", self._client.set_tag, self.run_id, "tokenreel.changed_params", text)
+        self._state["params"] = digest
+        self._save_state()
+
+    def _ship_tags(self, spool: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        if (digest := digest_text(spool["tags"])) == self._state["tags"]:
+            return
+        tags = [RunTag(key, value) for key, value in spool["tags"].items()]
+        for start in range(0, len(tags), _PAIRS_A_CALL):
+            batch = tags[start : start + _PAIRS_A_CALL]
+            self._send("tags", self._client.log_batch, self.run_id, tags=batch)
+        self._state["tags"] = digest
+        self._save_state()
+
+    def _ship_inputs(self, spool: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, InputTag
+        from mlflow.entities import DatasetInput as MlflowInput
+
+        if (digest := digest_text(spool["inputs"])) == self._state["inputs"]:
+            return
+        inputs = []
+        for one in spool["inputs"]:
+            scheme = urllib.parse.urlsplit(one["uri"]).scheme
+            key = "url" if scheme in ("http", "https") else "uri"
+            dataset = Dataset(
+                name=one["name"][:500] or "dataset",
+                digest=one["fingerprint"][:36],
+                source_type=scheme if scheme in ("s3", "gs", "http", "https") else "local",
+                source=json.dumps({key: redact_uri(one["uri"])}),
+                profile=json.dumps(one["totals"]) if one["totals"] else None,
+            )
+            tags = {
+                "mlflow.data.context": one["context"],
+                "tokenreel.parent_fingerprint": one["parent_fingerprint"],
+                "tokenreel.parent_run_id": one["run_id"],
+            }
+            inputs.append(MlflowInput(dataset, [InputTag(k, v[:_MAX_INPUT_TAG]) for k, v in tags.items() if v]))
+        if inputs:
+            self._send("inputs", self._client.log_inputs, self.run_id, inputs)
+        self._state["inputs"] = digest
+        self._save_state()
+
+    def _ship_journal(self, path: Path) -> None:
+        """Send the rows that came since the last time; the cursor is saved after each call to MLflow."""
+        if not path.exists():
+            return
+        cursor = self._state["cursors"].setdefault(path.name, {"offset": 0, "tail": ""})
+        with path.open("rb") as file:
+            if _hash_before(file, cursor["offset"]) != cursor["tail"]:
+                cursor["offset"] = 0  # the file was cut and written again since
+            file.seek(cursor["offset"])
+            while lines := file.readlines(_READ_BYTES):
+                whole = [line for line in lines if line.endswith(b"\n")]
+                self._send_rows(whole)
+                cursor["offset"] += sum(map(len, whole))
+                cursor["tail"] = _hash_before(file, cursor["offset"])
+                self._save_state()
+                if len(whole) < len(lines):
+                    return  # the last line is still being written; the next pass reads it from its start
+                file.seek(cursor["offset"])
+
+    def _send_rows(self, lines: list[bytes]) -> None:
+        from mlflow.entities import Metric
+
+        batch: list[Metric] = []
+        steps: dict[str, int] = {}
+        known: dict[str, int] = self._state["last_steps"]
+
+        def send() -> None:
+            self._send("metrics", self._client.log_batch, self.run_id, metrics=batch)
+            known.update(steps)
+            self._save_state()
+
+        for row in filter(None, map(parse_row, lines)):
+            for key, value in _read_metrics(row):
+                if row["step"] > steps.get(key, known.get(key, -1)):
+                    batch.append(Metric(key, value, int(row["time_s"] * 1000), row["step"]))
+                    steps[key] = row["step"]
+                if len(batch) == _METRICS_A_CALL:
+                    send()
+                    batch, steps = [], {}
+        if batch:
+            send()
+
+    def _ship_files(self, paths: list[Path], artifact_path: str | None) -> None:
+        for path in paths:
+            key = f"{artifact_path or ''}/{path.name}"
+            try:
+                stat = path.stat()
+            except OSError as error:
+                self._warn(f"not copied to MLflow: {error}")
+                continue
+            version = [stat.st_size, stat.st_mtime_ns]
+            if self._state["files"].get(key) != version:
+                self._send(key, self._client.log_artifact, self.run_id, str(path), artifact_path)
+                self._state["files"][key] = version
+                self._save_state()
+
+    def _ship_model(self, model: dict[str, str], tags: dict[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name, folder = model["name"], Path(model["folder"])
+        files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+        digest = digest_text([[str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for path, stat in files])
+        if digest in self._state["models"].get(name, []):
+            return
+        if not files:
+            self._warn(f"no model registered: {folder} holds no file")
+            return
+        # A version must keep its bytes: the model of a run that was continued goes to a folder of its own.
+        where = f"model-{digest[:8]}" if self._state["models"] else "model"
+        self._client.log_artifacts(self.run_id, str(folder), where)
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
+        if not any(one.name == name and one.tags.get("tokenreel.digest") == digest for one in versions):
+            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{where}"
+            lineage = {key: value for key, value in tags.items() if key.startswith("tokenreel.")}
+            self._client.create_model_version(name, source, self.run_id, {**lineage, "tokenreel.digest": digest})
+        self._state["models"].setdefault(name, []).append(digest)
+        self._save_state()
+
+    def _ship_ending(self, ending: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        if (digest := digest_text(ending)) == self._state["ending"]:
+            return
+        self._ship_files([Path(path) for path in ending["artifacts"]], None)
+        steps = [step for key, step in self._state["last_steps"].items() if not key.startswith("system/")]
+        last_step = max(steps, default=0)
+        metrics = [Metric(key, float(value), ending["time_ms"], last_step) for key, value in ending["summary"].items()]
+        for start in range(0, len(metrics), _METRICS_A_CALL):
+            batch = metrics[start : start + _METRICS_A_CALL]
+            self._send("summary", self._client.log_batch, self.run_id, metrics=batch)
+        self._client.set_terminated(self.run_id, ending["status"], ending["time_ms"])
+        self._state["ending"] = digest
+        self._save_state()
+
+    def _send(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Run the call; what MLflow refuses for good is left out with a warning and blocks nothing."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            call(*args, **kwargs)
+        except MlflowException as error:
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            log.warning(f"MLflow refused {what} of {self._out}; left out there, still in the folder: {_brief(error)}")
+
+    def _new_state(self) -> dict[str, Any]:
+        return {
+            "tracking_uri": redact_uri(self._uri),
+            "run_id": "",
+            "cursors": {},
+            "last_steps": {},
+            "params": "",
+            "tags": "",
+            "inputs": "",
+            "files": {},
+            "models": {},
+            "ending": "",
+        }
+
+    def _read_state(self) -> dict[str, Any]:
+        new, old = self._new_state(), read_json(self._out / STATE_NAME)
+        return {**new, **old} if old.get("tracking_uri") == new["tracking_uri"] else new
+
+    def _save_state(self) -> None:
+        write_json(self._out / STATE_NAME, self._state)
+
+    def _warn(self, message: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._warned_s >= _WARN_EVERY_S:
+            self._warned_s = now_s
+            log.warning(message)
+
+
+def _read_metrics(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        if key not in ("step", "time_s"):
+            with contextlib.suppress(TypeError, ValueError):
+                yield clean_name(key), float(value)
+
+
+def _hash_before(file: BinaryIO, offset: int, num_bytes: int = 256) -> str:
+    """Digest of the last bytes before `offset`; "" at the start of the file."""
+    if offset == 0:
+        return ""
+    start = max(0, offset - num_bytes)
+    file.seek(start)
+    return hashlib.sha256(file.read(offset - start)).hexdigest()[:16]
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(redact_uri(str(error)).split())
+    return f"{type(error).__name__}: {text[:300]}"
