@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,11 @@ def connect() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # What workers log stays in Ray's session folder; errors travel in exceptions, and progress in journals.
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    # Ray lets workers import from the driver's folder before anything else, and people have folders named models or jobs;
+    # from our own packages' folder there is nothing to mistake. What workers log stays in Ray's session folder: errors
+    # travel in exceptions, and progress in journals.
+    with contextlib.chdir(Path(__file__).resolve().parent.parent):
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     log.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
     try:

@@ -12,7 +12,8 @@ import tyro
 from jobs.folder import lock_folder
 from jobs.result import JobResult
 from models.tokenizers.base import CONFIG_FILE, load_tokenizer
-from models.tokenizers.import_dvae import PublishedFileError, build_published, read_published
+from models.tokenizers.import_dvae import build_published
+from models.tokenizers.published import PublishedFileError, read_published
 from pipeline.errors import ConfigError
 
 

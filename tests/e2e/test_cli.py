@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +66,22 @@ def test_more_rejects_than_allowed_exit_with_3(cluster: str, corpus: Path, tmp_p
     assert result["rejected_by_class"] == {"empty": 1}
     result = run_command("shard", folder, "out", "--max-reject-fraction", 0.5, cwd=tmp_path, address=cluster)
     assert result["status"] == "done"
+
+
+def test_folders_of_the_users_own_with_our_packages_names_do_no_harm(
+    cluster: str, corpus: Path, tmp_path: Path
+) -> None:
+    for name in ("models", "pipeline", "jobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not yours')")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "good.mp4").write_bytes((corpus / "bikes.mp4").read_bytes())
+    words = [Path(sys.executable).parent / "tokenreel", "shard", "videos", "out"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": cluster}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["committed"] == 1
 
 
 def test_a_damaged_dataset_exits_with_1(stages: Stages, tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.tokenizers import import_dvae
+from models.tokenizers import published
 from models.tokenizers.base import load_tokenizer
 from models.tokenizers.dvae import Dvae, DvaeConfig
-from models.tokenizers.import_dvae import PublishedFileError, build_published, read_published
+from models.tokenizers.import_dvae import build_published
+from models.tokenizers.inert_pickle import Machine, Refused
+from models.tokenizers.published import PublishedFileError, read_published
 from tests.models.tokenizers.published_dvae import SMALL, define_package, make_module, make_weights, save_pair
 from tests.models.tokenizers.test_vqvae import make_frames
 
@@ -356,8 +358,8 @@ def test_modules_that_hold_themselves_or_each_other_end() -> None:
         one = b"h" + bytes([level - 1])
         tree += make + b"q" + bytes([level]) + with_children(text("a") + one + text("b") + one)
     for program in (ring, b"\x80\x02" + tree + b"."):
-        with pytest.raises(import_dvae._Refused, match="over 4096 modules"):
-            import_dvae._find_weights(import_dvae._Machine().run(io.BytesIO(program)))
+        with pytest.raises(Refused, match="over 4096 modules"):
+            published._find_weights(Machine().run(io.BytesIO(program)))
 
 
 def test_zip_files_that_are_not_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,10 +382,10 @@ def test_zip_files_that_are_not_of_torch(tmp_path: Path, monkeypatch: pytest.Mon
     damaged = path.read_bytes().replace(bytes(16), b"\x01" + bytes(15), 1)
     path.write_bytes(damaged)
     refused(path, "damaged zip file")
-    monkeypatch.setattr(import_dvae, "_MAX_DIRECTORY_BYTES", 4000)
+    monkeypatch.setattr(published, "_MAX_DIRECTORY_BYTES", 4000)
     write_zip(path, b"", **{str(place): b"" for place in range(100)})
     refused(path, "zip directory has over 4000 bytes")
-    monkeypatch.setattr(import_dvae, "_MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(published, "_MAX_FILE_BYTES", 100)
     refused(path, "bytes; allowed: 100")
 
 
