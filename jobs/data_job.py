@@ -62,7 +62,7 @@ class DataJob:
         total = self.meta.num_shards
         with (
             Progress(self._job, "shards", total, total - len(self.todo)) as bar,
-            contextlib.closing(Journal(self.out)) as journal,
+            Journal(self.out) as journal,
         ):
 
             def on_shard(shard: int, ledger: Ledger) -> None:

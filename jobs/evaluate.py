@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import tyro
 
@@ -195,11 +196,10 @@ def _write_sheet(
     starts = (reader.num_starts(rows) - 1) // 2  # from the middle: films begin with black
     clips = torch.from_numpy(reader.read(rows, starts).astype(np.int64))
     seeds = torch.from_numpy(draw_seeds(1, np.zeros(len(rows), np.int64), reader.key_hashes[rows], 0).view(np.int64))
-    index = reader.index.to_pylist()
     drawn = draw_predictions(objective, clips, seeds, tokens) if trained.objective.mlm_weight else []
     reconstructions, predictions = [], []
     for place, sample in enumerate(rows):
-        row = index[sample]
+        row = reader.index.slice(int(sample), 1).to_pylist()[0]
         caption = f"{row['source']}, {row['start_s'] + starts[place] / row['fps']:.1f} s, {row['split']}"
         strips = [
             Strip(label="original", frames=frames, role="original")
@@ -278,9 +278,10 @@ def _originals(
             return []
     except ConfigError:
         return []
-    parent = next((r for r in read_index(clips).to_pylist() if r["key"] == row["key"]), None)
-    if parent is None:
+    index = read_index(clips)
+    parent = index.filter(pc.equal(index["key"], row["key"])).to_pylist()
+    if not parent:
         return []
     settings = TokenizeSettings(frames=replace(FrameConfig(), **meta.config["frames"]))
-    frames = decode_clip(clips, parent, settings)
+    frames = decode_clip(clips, parent[0], settings)
     return [] if isinstance(frames, Reject) else [frames[start : start + num_frames]]

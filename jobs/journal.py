@@ -243,5 +243,5 @@ def _sample_gpus() -> dict[str, float]:
             metrics[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
             metrics[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
         return metrics
-    except Exception:
+    except Exception:  # no bindings, no driver, a lost GPU: a sample less, never a job less
         return {}

@@ -119,7 +119,7 @@ def train(
         ids = [context.device] if context.device.type == "cuda" else None
         # Buffers (codebooks, running statistics) are reduced by their owners, so no broadcast each step.
         model = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
-    with contextlib.closing(Journal(context.run)) if context.rank == 0 else contextlib.nullcontext() as journal:
+    with Journal(context.run) if context.rank == 0 else contextlib.nullcontext() as journal:
         if journal is not None:
             journal.truncate_after(cursor.step)
         for batch, wait_s in _prefetch(batches, cursor.step, config.steps):

@@ -199,24 +199,6 @@ class Tracker:
         self._shipper.wake()
 
 
-def ship_leftovers(out: Path, timeout_s: float = 60.0) -> bool:
-    """Send what an ended job could not, without continuing its run; True when MLflow has all of `out`.
-
-    For a folder that no job is writing to: a run without an ending, whose driver was killed, is ended as KILLED.
-    """
-    path = Path(out) / SPOOL_NAME
-    if not path.exists():
-        return True
-    spool = read_json(path)
-    if spool.get("ending") is None:
-        time_ms = int(path.stat().st_mtime * 1000)
-        write_json(path, {**spool, "ending": {"status": "KILLED", "time_ms": time_ms, "summary": {}, "artifacts": []}})
-    shipper = Shipper(Path(out), resolve_tracking_uri())
-    shipper.start()
-    shipper.stop(timeout_s)
-    return shipper.is_done
-
-
 def _resolve_input(one: DatasetInput) -> DatasetInput:
     run_id = one.run_id
     if not run_id and "://" not in one.uri:

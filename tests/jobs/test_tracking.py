@@ -18,7 +18,7 @@ from jobs import shipper
 from jobs.journal import Journal, SystemSampler, read_journal
 from jobs.mlflow_store import open_client, redact_uri
 from jobs.spool import STATE_NAME
-from jobs.tracking import DatasetInput, Tracker, read_run_id, ship_leftovers
+from jobs.tracking import DatasetInput, Tracker, read_run_id
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +220,14 @@ def test_broken_store_never_raises(
     assert sum("is not taking data" in record.message for record in caplog.records) == 1
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    assert ship_leftovers(out)
+    again = open_tracker(out)
+    again.finish("FINISHED", {"accuracy": 1.0})
+    assert again.close(timeout_s=60)
     assert len(read_steps(client, out, "loss")) == 1000
     assert client.get_run(read_run_id(out)).info.status == "FINISHED"
 
 
-def test_killed_driver_is_shipped_later(tmp_path: Path, client: Any) -> None:
+def test_what_a_killed_driver_left_is_shipped_by_its_next_start(tmp_path: Path, client: Any) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from jobs.journal import Journal;"
         "from jobs.tracking import Tracker; out = Path(sys.argv[1]);"
@@ -236,9 +238,11 @@ def test_killed_driver_is_shipped_later(tmp_path: Path, client: Any) -> None:
     assert killed.returncode == -signal.SIGKILL
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step":5,"time_')
-    assert ship_leftovers(tmp_path)
+    again = open_tracker(tmp_path)
+    again.finish("FINISHED")
+    assert again.close(timeout_s=60)
     assert [step for step, _ in read_steps(client, tmp_path, "a")] == list(range(5))
-    assert client.get_run(read_run_id(tmp_path)).info.status == "KILLED"
+    assert client.get_run(read_run_id(tmp_path)).info.status == "FINISHED"
 
 
 class Server:
