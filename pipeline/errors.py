@@ -16,7 +16,11 @@ class DatasetError(TokenreelError):
 
 
 class TransientIO(TokenreelError):
-    """Storage failed in a way that may pass; the caller may retry."""
+    """Storage failed in a way that may pass; the caller may retry. `attempts` counts how often it was tried."""
+
+    def __init__(self, message: str, *, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.attempts = attempts
 
 
 class BadVideo(TokenreelError):
@@ -25,12 +29,14 @@ class BadVideo(TokenreelError):
     Args:
         reject_class: one of `schema.REJECT_CLASSES`, what a person filters rejects by.
         reason: one line for a person: the operation, the value, what was allowed.
+        stderr: the tail of what ffmpeg said, as it said it but for addresses; "" where it said nothing.
     """
 
-    def __init__(self, reject_class: str, reason: str) -> None:
-        super().__init__(reject_class, reason)
+    def __init__(self, reject_class: str, reason: str, stderr: str = "") -> None:
+        super().__init__(reject_class, reason, stderr)
         self.reject_class = reject_class
         self.reason = reason
+        self.stderr = stderr
 
     def __str__(self) -> str:
         return f"{self.reject_class}: {self.reason}"

@@ -1,0 +1,181 @@
+"""Files on a web server, read only: the root of a manifest's paths."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import IO, NoReturn
+from urllib.parse import unquote, urljoin, urlsplit
+
+import requests
+import urllib3
+
+from pipeline.errors import ConfigError, TransientIO
+from pipeline.retry import retry
+from pipeline.storage import CHUNK_BYTES, Entry, RemoteStore, too_large
+
+_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two pieces of the answer
+_MAX_FETCH_S = 3600.0
+_MAX_REDIRECTS = 5
+_MAX_INT64 = 2**63 - 1
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+
+
+class WebStore(RemoteStore):
+    """Files below `http(s)://HOST/PATH`. Names are URL paths as the manifest writes them.
+
+    requests, not fsspec: fsspec reports every failure as a missing file, and what may be tried again is decided by the
+    status. A redirect that leads out of the root is refused: it could name a host that only this cluster can reach.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def stat(self, name: str) -> Entry | None:
+        def head() -> Entry:
+            with self._request("HEAD", name, {}) as answer:
+                size = _length(answer) or 0
+                return Entry(name=name, size_bytes=size, mtime_ns=_mtime_ns(answer.headers.get("Last-Modified")))
+
+        try:
+            return retry(f"{self.url}: looking for {name}", head)
+        except FileNotFoundError:
+            return None
+
+    def list(self, folder: str = "") -> list[Entry]:
+        raise ConfigError(f"{self.url}: a web server cannot list its files; name them in a manifest")
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        yield from self.list(folder)
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
+        def get() -> bytes:
+            with self._request("GET", name, {"Range": f"bytes={offset}-{offset + size_bytes - 1}"}) as answer:
+                if answer.status_code == 416:
+                    return b""
+                # A server without ranges sends the whole file; skipping to the place would read it for nothing.
+                if answer.status_code != 206:
+                    raise PermissionError(f"{self.url}/{name}: the server sends no ranges")
+                data = bytearray()
+                for piece in self._body(answer):
+                    data += piece
+                    if len(data) > size_bytes:
+                        raise PermissionError(
+                            f"{self.url}/{name}: the server sends more than the range it was asked for"
+                        )
+                return bytes(data)
+
+        return retry(f"{self.url}: reading {name}", get)
+
+    def open(self, name: str, *, max_bytes: int | None = None) -> IO[bytes]:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            retry(f"{self.url}: fetching {name}", lambda: self._fetch(name, file, max_bytes))
+        except BaseException:
+            file.close()
+            raise
+        file.seek(0)
+        return file
+
+    def write(self, name: str, data: bytes) -> None:
+        self._refuse()
+
+    def put(self, scratch: Path, name: str) -> None:
+        self._refuse()
+
+    def remove(self, name: str) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ConfigError(f"{self.url}: a dataset cannot be written to a web server; give a folder or an object store")
+
+    def _fetch(self, name: str, file: IO[bytes], max_bytes: int | None) -> None:
+        file.seek(0)
+        file.truncate()
+        with self._request("GET", name, {}) as answer:
+            if answer.status_code != 200:
+                raise PermissionError(
+                    f"{self.url}/{name}: HTTP status {answer.status_code} where a whole file was asked for"
+                )
+            for piece in self._body(answer):
+                file.write(piece)
+                if max_bytes is not None and file.tell() > max_bytes:
+                    raise too_large(file.tell(), max_bytes)
+        file.flush()
+
+    def _body(self, answer: requests.Response) -> Iterator[bytes]:
+        """The bytes as they come: whatever the server may say of an encoding, nothing is unpacked."""
+        deadline, done, expected = time.monotonic() + _MAX_FETCH_S, 0, _length(answer)
+        # read1 comes back with what there is, so that a server which sends a byte a minute meets the deadline.
+        while piece := answer.raw.read1(CHUNK_BYTES, decode_content=False):
+            done += len(piece)
+            yield piece
+            if time.monotonic() > deadline:
+                raise TransientIO(f"not finished after {_MAX_FETCH_S:.0f} s")
+        if expected is not None and done != expected:
+            raise TransientIO(f"{done} of {expected} bytes came")
+
+    @contextmanager
+    def _request(self, method: str, name: str, headers: dict[str, str]) -> Iterator[requests.Response]:
+        url = f"{self.url}/{name}"
+        if not self._is_inside(url):
+            raise PermissionError(f"{url}: leads out of the corpus")
+        try:
+            for _ in range(_MAX_REDIRECTS):
+                answer = requests.request(
+                    method,
+                    url,
+                    headers={"Accept-Encoding": "identity", **headers},
+                    timeout=_TIMEOUT_S,
+                    stream=True,
+                    allow_redirects=False,
+                )
+                if not answer.is_redirect:
+                    break
+                answer.close()
+                url = urljoin(url, answer.headers["Location"])
+                if not self._is_inside(url):
+                    raise PermissionError(f"{self.url}/{name}: leads to {url}, outside of the corpus")
+            else:
+                raise PermissionError(f"{self.url}/{name}: redirected more than {_MAX_REDIRECTS} times")
+            with answer:
+                _check_status(answer, url)
+                yield answer
+        except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
+            raise TransientIO(str(error)) from error
+        except (requests.RequestException, ValueError) as error:  # an address that is none
+            raise PermissionError(f"{self.url}/{name}: {error}") from error
+
+    def _is_inside(self, url: str) -> bool:
+        parts = unquote(urlsplit(url).path).replace("\\", "/").split("/")
+        return url.startswith(f"{self.url}/") and ".." not in parts
+
+
+def _length(answer: requests.Response) -> int | None:
+    text = answer.headers.get("Content-Length", "")
+    return min(int(text), _MAX_INT64) if text.isascii() and text.isdecimal() else None
+
+
+def _check_status(answer: requests.Response, url: str) -> None:
+    status = answer.status_code
+    if status in _TRANSIENT_STATUS:
+        raise TransientIO(f"HTTP status {status}")
+    if status in (404, 410):
+        raise FileNotFoundError(f"{url}: HTTP status {status}")
+    if status not in (200, 206, 416):
+        raise PermissionError(f"{url}: HTTP status {status}")
+
+
+def _mtime_ns(text: str | None) -> int:
+    try:
+        return min(int(parsedate_to_datetime(text or "").timestamp()) * 10**9, _MAX_INT64)
+    except (ValueError, OverflowError):
+        return 0
