@@ -10,15 +10,17 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every fingerprint: raise it when the same input and config would give other bytes."""
 
 Split = Literal["train", "val"]
 
 REJECT_CLASSES = (
+    "bad-row",  # a manifest row that cannot be an input
     "empty",  # no bytes
-    "unreadable",  # the file system refused
-    "outside-corpus",  # a link that leads out of the corpus folder
+    "unreadable",  # missing, or the storage refused
+    "storage",  # the storage failed in a way that may pass, on every attempt
+    "outside-corpus",  # a name or a link that leads out of the corpus
     "not-video",  # no known container in it
     "no-video-stream",  # audio or subtitles only
     "corrupt",  # a container that cannot be decoded
@@ -27,20 +29,30 @@ REJECT_CLASSES = (
     "timeout",  # ffmpeg ran out of wall-clock time
     "resources",  # ffmpeg ran out of memory or was killed
 )
-FILTER_REASONS = ("too-short",)
+SCORES = ("black", "frozen", "letterbox", "brightness", "sharpness", "motion", "cuts_per_min")
+"""What one pass over a clip measures (`pipeline.quality`); a column `score_NAME` each in the index."""
+FILTER_REASONS = ("too-short", *SCORES)
 Outcome = Literal["rejected", "filtered"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoRef:
-    """One input of a corpus, before anything opened it. `path` is relative to the corpus root, with `/`."""
+    """One input of a corpus, before anything opened it: a file, or with `start_s`/`end_s` a span of one.
+
+    path: relative to the corpus root, with `/`.
+    size_bytes, mtime_ns: as the storage lists them; None where it was not asked (a manifest of an object store).
+    extra: a JSON object of the manifest's other columns, None without any.
+    """
 
     path: str
-    size_bytes: int
-    mtime_ns: int
+    size_bytes: int | None = None
+    mtime_ns: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
     caption: str | None = None
     label: str | None = None
     split: Split | None = None
+    extra: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +71,7 @@ class ClipSpan:
 class Reject:
     """Why an input is in no shard: it failed (`rejected`) or a threshold left it out on purpose (`filtered`).
 
-    `key` is empty where the whole video failed before it had one.
+    `key` is empty where the whole video failed before it had one. `stderr` is the tail of what ffmpeg said.
     """
 
     path: str
@@ -69,18 +81,24 @@ class Reject:
     outcome: Outcome = "rejected"
     key: str = ""
     attempts: int = 1
+    stderr: str = ""
 
 
-INPUT_SCHEMA = pa.schema(
+PLAN_SCHEMA = pa.schema(
     [
+        ("shard", pa.int32()),
         ("path", pa.string()),
         ("size_bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
         ("caption", pa.string()),
         ("label", pa.string()),
         ("split", pa.string()),
+        ("extra", pa.string()),
     ]
 )
+"""`plan.parquet`: one row a `VideoRef`, in the order of shards; the rows of one video stand together."""
 REJECT_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -90,6 +108,7 @@ REJECT_SCHEMA = pa.schema(
         ("reject_class", pa.string()),
         ("reason", pa.string()),
         ("attempts", pa.int32()),
+        ("stderr", pa.string()),
     ]
 )
 
@@ -112,9 +131,20 @@ _COMMON = [
     ("caption", pa.string()),
     ("label", pa.string()),
     ("split", pa.string()),
+    ("extra", pa.string()),
+    ("fps", pa.float64()),
+    *((f"score_{name}", pa.float32()) for name in SCORES),
 ]
-CLIP_SCHEMA = pa.schema([*_COMMON, ("ext", pa.string()), ("fps", pa.float64()), ("codec", pa.string())])
-TOKEN_SCHEMA = pa.schema([*_COMMON, ("clip_sha256", pa.string()), ("fps", pa.float64())])
+CLIP_SCHEMA = pa.schema(
+    [
+        *_COMMON,
+        ("ext", pa.string()),
+        ("codec", pa.string()),
+        ("source_codec", pa.string()),
+        ("source_container", pa.string()),
+    ]
+)
+TOKEN_SCHEMA = pa.schema([*_COMMON, ("clip_sha256", pa.string())])
 
 
 class TokenBatch(TypedDict):

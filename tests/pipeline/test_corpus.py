@@ -1,19 +1,19 @@
-"""A corpus as a list of inputs: what counts, in which order, and what becomes a reject."""
+"""A corpus as rows: what counts, and what is rejected, before anything is sorted."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus import hash_file, list_corpus, split_duplicates
+from pipeline.corpus import make_examine, open_corpus
 from pipeline.errors import ConfigError
-from pipeline.schema import Reject, VideoRef
+from pipeline.patterns import translate
+from pipeline.storage import Entry, Store
+from tests.object_server import serve_objects
 
 
 def make_files(folder: Path, *names: str) -> Path:
@@ -24,34 +24,52 @@ def make_files(folder: Path, *names: str) -> Path:
     return folder
 
 
-def listed(corpus: Path, include: str = "*") -> tuple[list[str], dict[str, str]]:
-    """Paths of the inputs, and {path: class} of the rejects."""
-    _, refs, rejects = list_corpus(corpus, include)
-    return [ref.path for ref in refs], {reject.path: reject.reject_class for reject in rejects}
+def rows_of(corpus: Path | str, **options: Any) -> list[dict[str, Any]]:
+    return pa.concat_tables(open_corpus(corpus, **options).tables).to_pylist()
+
+
+def listed(corpus: Path | str, **options: Any) -> tuple[list[str], dict[str, str]]:
+    """Paths of the inputs, sorted, and {path: class} of the rejects; files are looked at as planning does."""
+    opened = open_corpus(corpus, **options)
+    rows = [row for table in opened.tables for row in table.to_pylist()]
+    paths, rejects = [], {row["path"]: row["reject_class"] for row in rows if row["reject_class"]}
+    for row in rows:
+        if not row["reject_class"]:
+            found = make_examine(opened.store.path())(row["path"])
+            if isinstance(found, Entry):
+                paths.append(row["path"])
+            else:
+                assert found is not None
+                rejects[row["path"]] = found[0]
+    return sorted(paths), rejects
 
 
 class TestFolder:
-    def test_order_is_by_path_whatever_the_order_of_creation(self, tmp_path: Path) -> None:
-        names = ["b/2.mp4", "a.mp4", "b/10.mp4", "B.mp4", "a/x.mp4", "é.mp4"]
-        one = make_files(tmp_path / "one", *names)
-        two = make_files(tmp_path / "two", *reversed(names))
-        assert listed(one)[0] == sorted(names) == listed(two)[0]
-
-    def test_sizes_and_times(self, tmp_path: Path) -> None:
-        path = make_files(tmp_path, "a.mp4") / "a.mp4"
-        os.utime(path, ns=(1, 1_234_567_890_123_456_789))
-        root, refs, _ = list_corpus(tmp_path, "*")
-        assert refs == [VideoRef(path="a.mp4", size_bytes=5, mtime_ns=1_234_567_890_123_456_789)]
-        assert root == tmp_path.resolve()
+    def test_every_file(self, tmp_path: Path) -> None:
+        names = ["b/2.mp4", "a.mp4", "b/10.mp4", "B.mp4", "a/x.mp4", "é.mp4", "two\nlines.mp4", "-option.mp4"]
+        assert listed(make_files(tmp_path, *names)) == (sorted(names), {})
 
     def test_hidden_files_and_folders_are_ignored(self, tmp_path: Path) -> None:
         make_files(tmp_path, ".a.mp4", ".git/b.mp4", "c/.d.mp4", "e.mp4")
         assert listed(tmp_path) == (["e.mp4"], {})
 
-    def test_include(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("include", "expected"),
+        [
+            ("*.mp4", ["a.mp4", "b/c.mp4"]),
+            ("b/*", ["b/c.mkv", "b/c.mp4"]),  # from the right, as a folder's name may stand anywhere
+            ("[ab].*", ["a.mp4", "a.txt"]),
+            ("?.mk?", ["b/c.mkv"]),
+        ],
+    )
+    def test_include(self, tmp_path: Path, include: str, expected: list[str]) -> None:
         make_files(tmp_path, "a.mp4", "a.txt", "b/c.mp4", "b/c.mkv")
-        assert listed(tmp_path, "*.mp4")[0] == ["a.mp4", "b/c.mp4"]
-        assert listed(tmp_path, "b/*")[0] == ["b/c.mkv", "b/c.mp4"]
+        assert listed(tmp_path, include=include)[0] == expected
+
+    @pytest.mark.parametrize("include", ["", "/a.mp4"])
+    def test_a_pattern_that_nothing_can_match(self, tmp_path: Path, include: str) -> None:
+        with pytest.raises(ConfigError, match="relative glob"):
+            open_corpus(tmp_path, include=include)
 
     def test_links(self, tmp_path: Path) -> None:
         corpus = make_files(tmp_path / "corpus", "in/real.mp4", "real.mp4")
@@ -79,9 +97,8 @@ class TestFolder:
     def test_a_corpus_may_itself_be_a_link(self, tmp_path: Path) -> None:
         make_files(tmp_path / "real", "a.mp4")
         (tmp_path / "link").symlink_to("real")
-        root, refs, rejects = list_corpus(tmp_path / "link", "*")
-        assert [ref.path for ref in refs] == ["a.mp4"] and not rejects
-        assert root == (tmp_path / "real").resolve()
+        assert listed(tmp_path / "link") == (["a.mp4"], {})
+        assert open_corpus(tmp_path / "link").store.path() == (tmp_path / "real").resolve()
 
     def test_a_pipe_is_refused_without_opening_it(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.mp4")  # whoever opens it hangs
@@ -91,130 +108,149 @@ class TestFolder:
         (tmp_path / "good.mp4").write_text("x")
         descriptor = os.open(os.fsencode(tmp_path) + b"/bad\xff.mp4", os.O_CREAT | os.O_WRONLY)
         os.close(descriptor)
-        _, refs, rejects = list_corpus(tmp_path, "*")
-        assert [ref.path for ref in refs] == ["good.mp4"]
-        assert [(r.path, r.reject_class) for r in rejects] == [("bad\\udcff.mp4", "unreadable")]
-        rejects[0].path.encode()  # it goes into Parquet and onto terminals
-        assert "UTF-8" in rejects[0].reason
+        assert listed(tmp_path) == (["good.mp4"], {"bad\\udcff.mp4": "unreadable"})
+        assert "UTF-8" in next(row["reason"] for row in rows_of(tmp_path) if row["reason"])
 
-    @pytest.mark.parametrize("name", ["missing", "a.txt"])
-    def test_no_corpus(self, tmp_path: Path, name: str) -> None:
-        make_files(tmp_path, "a.txt")
+    @pytest.mark.parametrize("name", ["missing", "a.dat", "missing.csv", ""])
+    def test_no_corpus(self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(make_files(tmp_path, "a.dat"))
         with pytest.raises(ConfigError, match="no such folder or manifest"):
-            list_corpus(tmp_path / name, "*")
+            open_corpus(name)
 
-    def test_nothing_matches(self, tmp_path: Path) -> None:
-        make_files(tmp_path, "a.txt")
-        with pytest.raises(ConfigError, match=r"\*\.mp4"):
-            list_corpus(tmp_path, "*.mp4")
-
-
-ROWS = [
-    {"video": "b.mp4", "caption": "a dog, running", "label": "007", "split": "val", "height": 3},
-    {"video": "sub/a.mp4", "caption": None, "label": "08", "split": None, "height": 4},
-]
+    def test_options_that_are_for_manifests(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="--root is for manifests"):
+            open_corpus(tmp_path, root="/somewhere")
+        with pytest.raises(ConfigError, match=r"clips\.mode = manifest needs a manifest"):
+            open_corpus(tmp_path, spans=True)
 
 
-def write_manifest(path: Path, rows: list[dict[str, object]]) -> Path:
-    table = pa.Table.from_pylist(rows)
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    elif path.suffix == ".csv":
-        pa.csv.write_csv(table, path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+class TestGlob:
+    @pytest.mark.parametrize(
+        ("pattern", "root", "expected"),
+        [
+            ("v/**/*.mp4", "v", ["a.mp4", "x/b.mp4", "x/y/c.mp4"]),
+            ("v/*.mp4", "v", ["a.mp4"]),
+            ("v/x/**", "v/x", ["b.mkv", "b.mp4", "y/c.mp4"]),
+            ("*/x/?.mp4", ".", ["v/x/b.mp4"]),
+            ("v/x/[!c].mp4", "v/x", ["b.mp4"]),
+            ("**/*.mp?", ".", ["v/a.mp4", "v/x/b.mp4", "v/x/y/c.mp4"]),
+        ],
+    )
+    def test_root_and_files(
+        self, tmp_path: Path, pattern: str, root: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_files(tmp_path, "v/a.mp4", "v/x/b.mp4", "v/x/b.mkv", "v/x/y/c.mp4", "v/.hidden/d.mp4", "v/.e.mp4")
+        for given in (pattern, str(tmp_path / pattern)):
+            monkeypatch.chdir(tmp_path)
+            assert open_corpus(given).store.path() == (tmp_path / root).resolve()
+            assert listed(given)[0] == expected
+
+    def test_a_folder_whose_name_looks_like_a_pattern(self, tmp_path: Path) -> None:
+        assert listed(make_files(tmp_path / "a[b]*", "c.mp4")) == (["c.mp4"], {})
+
+    def test_hostile_names_cost_linear_time(self) -> None:
+        names = pa.array(["a" * 100_000])
+        assert not pa.compute.match_substring_regex(names, f"^{translate('*a*a*a*a*a*b')}$")[0].as_py()
+
+    def test_an_object_store(self) -> None:
+        with serve_objects() as server:
+            server.make_bucket("bucket")
+            for key in ("x/a.mp4", "x/y/b.mp4", "x/y/b.txt", "other/c.mp4"):
+                Store.at(server.url("bucket")).write(key, key.encode())
+            found = {row["path"]: row["size_bytes"] for row in rows_of(server.url("bucket/x/**/*.mp4"))}
+            assert found == {"a.mp4": 7, "y/b.mp4": 9}
+            assert [row["path"] for row in rows_of(server.url("bucket/x"), include="*.txt")] == ["y/b.txt"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-class TestManifest:
-    def test_columns(self, tmp_path: Path, suffix: str) -> None:
-        make_files(tmp_path, "b.mp4", "sub/a.mp4", "unnamed.mp4")
-        root, refs, rejects = list_corpus(write_manifest(tmp_path / f"m{suffix}", ROWS), "ignored for manifests")
-        assert root == tmp_path.resolve() and not rejects
-        # Labels are names: "007" must not come back as the number 7.
-        assert [(r.path, r.caption, r.label, r.split) for r in refs] == [
-            ("b.mp4", "a dog, running", "007", "val"),
-            ("sub/a.mp4", None, "08", None),
-        ]
-
-    def test_paths_that_leave(self, tmp_path: Path, suffix: str) -> None:
-        corpus = make_files(tmp_path / "corpus", "a.mp4", "sub/b.mp4")
+class TestPathsOfManifests:
+    def test_what_leads_out(self, tmp_path: Path) -> None:
+        corpus = make_files(tmp_path / "corpus", "a.mp4", "sub/b.mp4", "c d.mp4")
         secret = make_files(tmp_path, "secret.mp4") / "secret.mp4"
-        rows = [
-            {"video": v} for v in ("a.mp4", "../secret.mp4", str(secret), "sub/../../secret.mp4", "none.mp4", "sub")
+        (corpus / "link").symlink_to(tmp_path)
+        names = [
+            "a.mp4",
+            "../secret.mp4",
+            "sub/../a.mp4",
+            str(secret),
+            "C:/x.mp4",
+            "C:\\x.mp4",
+            "http://host/x.mp4",
+            "..",
         ]
-        paths, rejects = listed(write_manifest(corpus / f"m{suffix}", rows))
-        assert paths == ["a.mp4"]
-        assert rejects == {
-            "../secret.mp4": "outside-corpus",
-            str(secret): "outside-corpus",
-            "sub/../../secret.mp4": "outside-corpus",
-            "none.mp4": "unreadable",
-            "sub": "unreadable",
+        names += ["file:///etc/passwd", "none.mp4", "sub", "link/secret.mp4", "nul\0.mp4", "..\\secret.mp4", "c d.mp4"]
+        names += [f"{corpus}/../secret.mp4", "/", "//host/x"]
+        (corpus / "m.txt").write_text("\n".join(names))
+        paths, rejects = listed(corpus / "m.txt")
+        assert paths == ["a.mp4", "c d.mp4"]
+        unreadable = {"none.mp4", "sub", "nul\0.mp4", "..\\secret.mp4"}
+        expected = {
+            name: "unreadable" if name in unreadable else "outside-corpus" for name in names if name not in paths
         }
+        expected["../secret.mp4"] = expected.pop(f"{corpus}/../secret.mp4")  # named as what it is below the root
+        assert rejects == expected
 
-    def test_named_twice(self, tmp_path: Path, suffix: str) -> None:
-        with pytest.raises(ConfigError, match=r"'a\.mp4' twice"):
-            list_corpus(write_manifest(tmp_path / f"m{suffix}", [{"video": "a.mp4"}, {"video": "a.mp4"}]), "*")
+    def test_names_in_full_below_the_root(self, tmp_path: Path) -> None:
+        corpus = make_files(tmp_path / "corpus", "a.mp4", "sub/b.mp4", "c.mp4")
+        (tmp_path / "link").symlink_to("corpus")
+        rows = [f"{corpus}/a.mp4", f"file://{corpus}/sub/b.mp4", "./c.mp4", "sub//b.mp4", f"{tmp_path}/link/c.mp4"]
+        (tmp_path / "m.txt").write_text("\n".join(rows))
+        expected = ["a.mp4", "c.mp4", "c.mp4", "sub/b.mp4", "sub/b.mp4"]
+        assert listed(tmp_path / "m.txt", root=str(tmp_path / "link")) == (expected, {})
 
-    def test_missing_column(self, tmp_path: Path, suffix: str) -> None:
-        with pytest.raises(ConfigError, match=r"path.*'video' is needed"):
-            list_corpus(write_manifest(tmp_path / f"m{suffix}", [{"path": "a.mp4"}]), "*")
+    def test_another_root(self, tmp_path: Path) -> None:
+        make_files(tmp_path / "videos", "a.mp4")
+        (tmp_path / "lists").mkdir()
+        (tmp_path / "lists/m.txt").write_text("a.mp4\n")
+        assert listed(tmp_path / "lists/m.txt", root=str(tmp_path / "videos")) == (["a.mp4"], {})
+        assert listed(tmp_path / "lists/m.txt") == ([], {"a.mp4": "unreadable"})
 
-    def test_unknown_split(self, tmp_path: Path, suffix: str) -> None:
-        with pytest.raises(ConfigError, match=r"test.*allowed: train, val"):
-            list_corpus(write_manifest(tmp_path / f"m{suffix}", [{"video": "a.mp4", "split": "test"}]), "*")
+    def test_urls(self, tmp_path: Path) -> None:
+        """Nothing is asked of the store: a manifest's paths are only read."""
+        names = {
+            "s3://bucket/x/a.mp4": ("a.mp4", None),
+            "./b.mp4": ("b.mp4", None),
+            "s3://bucket/x/../y.mp4": ("../y.mp4", "outside-corpus"),
+            "s3://bucket/xy/a.mp4": ("s3://bucket/xy/a.mp4", "outside-corpus"),
+            "s3://other/x/a.mp4": ("s3://other/x/a.mp4", "outside-corpus"),
+            "/etc/passwd": ("/etc/passwd", "outside-corpus"),
+            "a//b.mp4": ("a//b.mp4", "bad-row"),  # another object than a/b.mp4
+        }
+        (tmp_path / "m.txt").write_text("\n".join(names))
+        rows = rows_of(tmp_path / "m.txt", root="s3://bucket/x?region=us-east-1&anonymous=true")
+        assert [(row["path"], row["reject_class"]) for row in rows] == list(names.values())
 
-    def test_damaged(self, tmp_path: Path, suffix: str) -> None:
-        (tmp_path / f"m{suffix}").write_bytes(b'{"video": "a\n"\xff,,\n1,2,3,4\n')
-        with pytest.raises(ConfigError, match="manifest"):
-            list_corpus(tmp_path / f"m{suffix}", "*")
+    def test_encoded_dots_on_the_web(self, tmp_path: Path) -> None:
+        names = ["a%20b.mp4", "%2e%2e/x", "a/.%2E/x", "a%2f..%2fx", "..;/x", "a..b/x.mp4", "..?x"]
+        (tmp_path / "m.txt").write_text("\n".join(names))
+        rows = rows_of(tmp_path / "m.txt", root="https://host.invalid/videos")
+        assert [row["path"] for row in rows if not row["reject_class"]] == ["a%20b.mp4", "a..b/x.mp4"]
+        assert {row["reject_class"] for row in rows} == {None, "outside-corpus"}
+
+    def test_a_manifest_in_an_object_store(self) -> None:
+        with serve_objects() as server:
+            server.make_bucket("bucket")
+            Store.at(server.url("bucket/x")).write("m.csv", b"video,label\na.mp4,007\n../b.mp4,\n")
+            opened = open_corpus(server.url("bucket/x/m.csv"))
+            rows = pa.concat_tables(opened.tables).to_pylist()
+            assert opened.store.url == server.url("bucket/x")
+            assert [(row["path"], row["label"], row["reject_class"]) for row in rows] == [
+                ("a.mp4", "007", None),
+                ("../b.mp4", None, "outside-corpus"),
+            ]
 
 
-def test_csv_is_text(tmp_path: Path) -> None:
-    """Guessed types would look for video 1 instead of 0001, and merge the labels 01 and 1."""
-    make_files(tmp_path, "0001", "0002")
-    (tmp_path / "m.csv").write_text('video,label,caption\n0001,01,true\n0002,1,"two\nlines"\n')
-    _, refs, _ = list_corpus(tmp_path / "m.csv", "*")
-    assert [(r.path, r.label, r.caption) for r in refs] == [("0001", "01", "true"), ("0002", "1", "two\nlines")]
+class TestSpans:
+    def test_they_are_needed(self, tmp_path: Path) -> None:
+        (tmp_path / "m.csv").write_text("video,start_s,end_s\na.mp4,0,1.5\nb.mp4,,\nc.mp4,1,\n")
+        rows = rows_of(tmp_path / "m.csv", spans=True)
+        assert [row["reject_class"] for row in rows] == [None, "bad-row", "bad-row"]
+        assert rows[2]["reason"] == "row 3 needs start_s and end_s for clips.mode = manifest"
 
+    def test_they_are_not_dropped_silently(self, tmp_path: Path) -> None:
+        (tmp_path / "m.csv").write_text("video,start_s,end_s\na.mp4,,\nb.mp4,,\nc.mp4,1,2\n")
+        with pytest.raises(ConfigError, match=r"row 3: .*--clips\.mode manifest"):
+            rows_of(tmp_path / "m.csv")
 
-class TestDuplicates:
-    def test_the_first_by_path_stays(self, tmp_path: Path) -> None:
-        for name, text in {"c.mp4": "same", "a.mp4": "same", "b/x.mp4": "same", "other.mp4": "othr"}.items():
-            make_files(tmp_path, name)
-            (tmp_path / name).write_text(text)
-        root, refs, _ = list_corpus(tmp_path, "*")
-        kept, rejects = split_duplicates(root, refs)
-        assert [ref.path for ref in kept] == ["a.mp4", "other.mp4"]
-        assert [(r.path, r.reject_class, r.stage) for r in rejects] == [
-            ("b/x.mp4", "duplicate", "plan"),
-            ("c.mp4", "duplicate", "plan"),
-        ]
-        assert all("a.mp4" in reject.reason for reject in rejects)
-
-    def test_only_files_of_equal_size_are_read(self, tmp_path: Path) -> None:
-        """A missing file cannot be read, so it shows who tries: alone in its size, nobody does."""
-        (tmp_path / "a.mp4").write_text("12345")
-        refs = [VideoRef(path="a.mp4", size_bytes=5, mtime_ns=0), VideoRef(path="gone.mp4", size_bytes=6, mtime_ns=0)]
-        os.mkfifo(tmp_path / "pipe")  # reading it would hang
-        refs.append(VideoRef(path="pipe", size_bytes=7, mtime_ns=0))
-        assert split_duplicates(tmp_path, refs) == (refs, [])
-
-    def test_an_unreadable_file_is_no_duplicate(self, tmp_path: Path) -> None:
-        (tmp_path / "a.mp4").write_text("12345")
-        refs = [VideoRef(path=name, size_bytes=5, mtime_ns=0) for name in ("a.mp4", "gone.mp4")]
-        assert split_duplicates(tmp_path, refs) == (refs, [])
-
-    def test_empty_files_are_left_for_their_own_class(self, tmp_path: Path) -> None:
-        (tmp_path / "a").touch()
-        (tmp_path / "b").touch()
-        root, refs, _ = list_corpus(tmp_path, "*")
-        rejects: list[Reject]
-        kept, rejects = split_duplicates(root, refs)
-        assert len(kept) == 2 and not rejects
-
-    def test_hash(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_bytes(b"abc")
-        assert hash_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    def test_empty_columns_are_no_spans(self, tmp_path: Path) -> None:
+        (tmp_path / "m.csv").write_text("video,start_s,end_s\na.mp4,,\n")
+        assert rows_of(tmp_path / "m.csv")[0]["reject_class"] is None
