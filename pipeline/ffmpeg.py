@@ -8,6 +8,7 @@ point at another file (playlists, concat scripts, image sequences, SDP).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import re
@@ -17,8 +18,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import IO
 
 from pipeline.errors import BadVideo, ConfigError
@@ -29,6 +31,10 @@ DEMUXERS = (
     "3g2,3gp,aac,asf,avi,dv,f4v,flac,flv,gif,ivf,matroska,mj2,mov,mp3,mp4,mpeg,mpegts,mxf,nut,ogg,rm,wav,webm,wtv"
 )
 _STDERR_TAIL_CHARS = 600
+_STDERR_MAX_BYTES = 16 * 2**20
+_PIPE_BYTES = 2**20
+_SMALL_FILE_BYTES = 256 * 2**20
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +49,13 @@ class FfmpegLimits:
     """Largest width x height of a frame, in pixels."""
     max_duration_s: float = 24 * 3600.0
     """Longest video, in seconds."""
+    max_file_bytes: int = 64 * 2**30
+    """Largest input file, in bytes."""
 
     def __post_init__(self) -> None:
-        if not all(0 < v < math.inf for v in (self.timeout_s, self.memory_bytes, self.max_pixels, self.max_duration_s)):
-            raise ConfigError(f"limits: every value must be positive and finite, got {self}")
+        for name in self.__slots__:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"limits.{name} = {getattr(self, name)}: must be more than 0, and finite")
 
 
 def input_options(limits: FfmpegLimits) -> dict[str, str | int]:
@@ -59,90 +68,235 @@ def input_options(limits: FfmpegLimits) -> dict[str, str | int]:
     }
 
 
-def run(args: Sequence[str], source: IO[bytes], limits: FfmpegLimits, max_output_bytes: int) -> bytes:
+def input_words(limits: FfmpegLimits) -> list[str]:
+    """`input_options` as words of a command line."""
+    return [word for name, value in input_options(limits).items() for word in (f"-{name}", str(value))]
+
+
+def command() -> list[str]:
+    """How every command line of ffmpeg begins: quiet, without a terminal, on one core."""
+    one = ["-filter_threads", "1", "-filter_complex_threads", "1"]
+    return ["ffmpeg", "-v", "error", "-nostdin", "-nostats", "-y", *one]
+
+
+def run(
+    args: Sequence[str], source: IO[bytes], limits: FfmpegLimits, max_output_bytes: int, max_file_bytes: int = 0
+) -> bytes:
     """Run `args` (whose input is `source_url(source)`) to its end and return what it wrote to stdout.
 
     Args:
         max_output_bytes: more output than this is an endless or lying stream.
+        max_file_bytes: size of a file it may write, where `args` name one.
 
     Raises:
         BadVideo: `timeout`, `resources`, `too-large`, or `corrupt` with the tail of stderr.
         ConfigError: the program is not installed.
     """
     source.seek(0)
-    with tempfile.TemporaryFile() as stderr:
-        try:
-            process = subprocess.Popen(
-                args,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                pass_fds=(source.fileno(),),
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            raise ConfigError(f"{args[0]} is not installed; install ffmpeg (Debian: apt-get install ffmpeg)") from None
-        try:
-            _limit(process.pid, limits)
-            output = _read(process, limits, max_output_bytes)
-        finally:
-            _kill_group(process)
-        stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 4 * _STDERR_TAIL_CHARS))
-        tail = " | ".join(stderr.read().decode(errors="replace").split("\n")).strip(" |")
-    # The same words in every run; cut only now, so that the cut cannot leave half an address.
-    tail = re.sub(r" @ 0x[0-9a-f]+", "", tail.replace(source_url(source), "input"))[-_STDERR_TAIL_CHARS:]
-    if process.returncode in (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT):
-        raise BadVideo("resources", f"{args[0]} was killed by signal {-process.returncode}: {tail}")
-    if process.returncode != 0:
-        # 127 is the dynamic loader's: it could not map ffmpeg's own libraries, which says nothing about the video.
-        no_memory = process.returncode == 127 or "Cannot allocate memory" in tail
-        reject_class = "resources" if no_memory else "corrupt"
-        raise BadVideo(reject_class, f"{args[0]} failed: {tail or 'no message'}")
+    stdout = Pipe(max_output_bytes)
+    with Process(args, [source], limits, stdout=stdout, max_file_bytes=max_file_bytes) as process:
+        output = b"".join(chunk for _, chunk in process.read())
+        process.finish()
     return output
 
 
 def source_url(source: IO[bytes]) -> str:
-    """The name by which ffmpeg opens an inherited descriptor."""
+    """The name by which ffmpeg opens an inherited descriptor, to read it or to write it."""
     return f"file:/dev/fd/{source.fileno()}"
 
 
-def _limit(pid: int, limits: FfmpegLimits) -> None:
-    cpu_s = int(limits.timeout_s) + 1  # bounds ffmpeg even when this process is killed and no one else watches it
-    for kind, value in ((resource.RLIMIT_AS, limits.memory_bytes), (resource.RLIMIT_CPU, cpu_s)):
-        with contextlib.suppress(ProcessLookupError):  # it may have ended already
-            resource.prlimit(pid, kind, (value, value))
+def open_unnamed(expected_bytes: int) -> IO[bytes]:
+    """A new file without a name, for reading and writing; it goes away with its descriptor, whatever dies.
+
+    In shared memory where at most 256 MiB are expected, on disk otherwise.
+    """
+    memory = expected_bytes <= _SMALL_FILE_BYTES and os.access(_SHARED_MEMORY, os.W_OK)
+    return tempfile.TemporaryFile(dir=_SHARED_MEMORY if memory else None)
 
 
-def _read(process: subprocess.Popen[bytes], limits: FfmpegLimits, max_output_bytes: int) -> bytes:
-    assert process.stdout is not None
-    deadline = time.monotonic() + limits.timeout_s
-    chunks: list[bytes] = []
-    size = 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(timeout=max(0.0, deadline - time.monotonic())):
-                raise BadVideo("timeout", f"ffmpeg took longer than {limits.timeout_s:g} s")
-            chunk = os.read(process.stdout.fileno(), 1 << 20)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > max_output_bytes:
-                raise BadVideo(
-                    "too-large", f"ffmpeg wrote more than the {max_output_bytes} bytes that the probe promised"
-                )
-    try:
-        process.wait(timeout=max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise BadVideo("timeout", f"ffmpeg took longer than {limits.timeout_s:g} s") from None
-    return b"".join(chunks)
+class Pipe:
+    """One output of a process, read by ours; `url` names it on ffmpeg's command line.
+
+    Args:
+        max_bytes: more than this is an endless or lying stream.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.size = 0
+        self.read_fd, self.write_fd = os.pipe()
+        self.url = f"pipe:{self.write_fd}"
+        with contextlib.suppress(OSError):  # a larger buffer saves switches between the processes; it is only speed
+            fcntl.fcntl(self.write_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+    def close_write(self) -> None:
+        """Leave the writing end to the process alone, so that its end is the pipe's."""
+        if self.write_fd >= 0:
+            os.close(self.write_fd)
+            self.write_fd = -1
+
+    def close(self) -> None:
+        self.close_write()
+        if self.read_fd >= 0:
+            os.close(self.read_fd)
+            self.read_fd = -1
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+class Process:
+    """One program under limits, from its start to `finish`; leaving the context kills its group, whatever happened.
+
+    Its wall clock runs while we wait for it: in `read`, `write` and `finish`, not while the caller does something else.
+
+    Args:
+        files: open files that it inherits, named by `source_url`: the inputs, and files to write.
+        stdout, pipes: outputs to read; all are closed at the end.
+        fed: it reads what `write` gives it, as stdin.
+        max_file_bytes: size of a file it may write.
+
+    Raises (every method):
+        BadVideo: `timeout`, `resources`, `too-large`, or `corrupt` with the tail of stderr.
+        ConfigError: the program is not installed.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        files: Sequence[IO[bytes]],
+        limits: FfmpegLimits,
+        *,
+        stdout: Pipe | None = None,
+        pipes: Sequence[Pipe] = (),
+        fed: bool = False,
+        max_file_bytes: int = 0,
+    ) -> None:
+        self._program = args[0]
+        self._limits = limits
+        self._left_s = limits.timeout_s
+        self._names = [source_url(file) for file in files]
+        self._pipes = [*([stdout] if stdout else []), *pipes]
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                args,
+                stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
+                stdout=stdout.write_fd if stdout else subprocess.DEVNULL,
+                stderr=self._stderr,
+                pass_fds=[*(file.fileno() for file in files), *(pipe.write_fd for pipe in pipes)],
+                start_new_session=True,
+                bufsize=0,
+            )
+        except BaseException as error:
+            self._close()
+            if isinstance(error, FileNotFoundError):
+                message = f"{args[0]} is not installed; install ffmpeg (Debian: apt-get install ffmpeg)"
+                raise ConfigError(message) from None
+            raise
+        self._limit(max(max_file_bytes, _STDERR_MAX_BYTES))
+        for pipe in self._pipes:
+            pipe.close_write()
+        if self._process.stdin:
+            os.set_blocking(self._process.stdin.fileno(), False)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._close()
+
+    def read(self) -> Iterator[tuple[Pipe, bytes]]:
+        """Chunks of all outputs, each as soon as it is there, until all have ended."""
+        with selectors.DefaultSelector() as selector:
+            for pipe in self._pipes:
+                selector.register(pipe.read_fd, selectors.EVENT_READ, pipe)
+            while selector.get_map():
+                for key, _ in self._wait(selector):
+                    pipe = key.data
+                    chunk = os.read(pipe.read_fd, _PIPE_BYTES)
+                    if not chunk:
+                        selector.unregister(pipe.read_fd)
+                        continue
+                    pipe.size += len(chunk)
+                    if pipe.size > pipe.max_bytes:
+                        raise BadVideo(
+                            "too-large",
+                            f"ffmpeg wrote more than the {pipe.max_bytes} bytes that the probe promised",
+                        )
+                    yield pipe, chunk
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Feed all of `data`. A process that ended early is left for `finish` to judge."""
+        assert self._process.stdin is not None
+        left = memoryview(data).cast("B")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdin, selectors.EVENT_WRITE)
+            while left:
+                self._wait(selector)
+                try:
+                    left = left[os.write(self._process.stdin.fileno(), left) :]
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:
+                    return
+
+    def finish(self) -> None:
+        """Close its input, wait for its end, and raise what went wrong with it."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        started_s = time.monotonic()
+        try:
+            self._process.wait(timeout=max(0.0, self._left_s))
+        except subprocess.TimeoutExpired:
+            raise self._timeout() from None
+        finally:
+            self._left_s -= time.monotonic() - started_s
+        code, tail = self._process.returncode, self._tail()
+        if code == -signal.SIGXFSZ:
+            raise BadVideo("too-large", f"{self._program} wrote a larger file than the probe promised", tail)
+        if code in (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT):
+            raise BadVideo("resources", f"{self._program} was killed by signal {-code}: {tail}", tail)
+        if code != 0:
+            # 127 is the dynamic loader's: it could not map ffmpeg's own libraries, which says nothing about the video.
+            no_memory = code == 127 or "Cannot allocate memory" in tail
+            reject_class = "resources" if no_memory else "corrupt"
+            raise BadVideo(reject_class, f"{self._program} failed: {tail or 'no message'}", tail)
+
+    def _limit(self, max_file_bytes: int) -> None:
+        cpu_s = int(self._limits.timeout_s) + 1  # bounds ffmpeg even when we are killed and no one else watches it
+        for kind, value in (
+            (resource.RLIMIT_AS, self._limits.memory_bytes),
+            (resource.RLIMIT_CPU, cpu_s),
+            (resource.RLIMIT_FSIZE, max_file_bytes),
+        ):
+            with contextlib.suppress(ProcessLookupError):  # it may have ended already
+                resource.prlimit(self._process.pid, kind, (value, value))
+
+    def _wait(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
+        started_s = time.monotonic()
+        ready = selector.select(timeout=max(0.0, self._left_s))
+        self._left_s -= time.monotonic() - started_s
+        if not ready:
+            raise self._timeout()
+        return ready
+
+    def _timeout(self) -> BadVideo:
+        return BadVideo("timeout", f"ffmpeg took longer than {self._limits.timeout_s:g} s", self._tail())
+
+    def _tail(self) -> str:
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 4 * _STDERR_TAIL_CHARS))
+        tail = " | ".join(self._stderr.read().decode(errors="replace").split("\n")).strip(" |")
+        # The same words in every run; cut only now, so that the cut cannot leave half an address.
+        for number, name in enumerate(self._names):
+            tail = tail.replace(name, "input" if number == 0 else f"file {number}")
+        return re.sub(r" @ 0x[0-9a-f]+", "", tail)[-_STDERR_TAIL_CHARS:]
+
+    def _close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        if hasattr(self, "_process") and self._process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._stderr.close()

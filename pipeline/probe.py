@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import IO, Any
 
 from pipeline import ffmpeg
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
+from pipeline.packets import measure_duration
 
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
 
@@ -25,6 +26,8 @@ class VideoInfo:
     height: int
     fps: float
     duration_s: float
+    audio_codec: str = ""
+    """Of the first audio stream; "" without one."""
 
 
 def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
@@ -39,13 +42,19 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
         output = ffmpeg.run(_command(source, limits), source, limits, _MAX_PROBE_OUTPUT_BYTES)
     except BadVideo as bad:
         if bad.reject_class == "corrupt":
-            raise BadVideo("not-video", f"no supported container: {bad.reason}") from None
+            raise BadVideo("not-video", f"no supported container: {bad.reason}", bad.stderr) from None
         raise
     report = json.loads(output)
-    streams = [s for s in report.get("streams", []) if not s.get("disposition", {}).get("attached_pic")]
-    if not streams:
+    streams = report.get("streams", [])
+    videos = [s for s in _of_type(streams, "video") if not s.get("disposition", {}).get("attached_pic")]
+    if not videos:
         raise BadVideo("no-video-stream", f"container {_container(report)} holds no video stream")
-    return _check(_info(report, streams[0]), limits)
+    audio = next((str(s.get("codec_name", "unknown")) for s in _of_type(streams, "audio")), "")
+    info = replace(_info(report, videos[0]), audio_codec=audio)
+    # A live recording says nothing, and a container alone speaks for its sound too, which may last longer.
+    if not _own_duration(videos[0]) and (audio or not info.duration_s):
+        info = replace(info, duration_s=measure_duration(source, limits))
+    return _check(info, limits)
 
 
 def _command(source: IO[bytes], limits: FfmpegLimits) -> list[str]:
@@ -57,7 +66,7 @@ def _command(source: IO[bytes], limits: FfmpegLimits) -> list[str]:
         if name != "max_pixels"
         for word in (f"-{name}", str(value))
     ]
-    show = ["-show_format", "-show_streams", "-select_streams", "v", "-of", "json"]
+    show = ["-show_format", "-show_streams", "-of", "json"]
     return ["ffprobe", "-v", "error", *options, *show, ffmpeg.source_url(source)]
 
 
@@ -67,12 +76,7 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
     if rotation % 180:
         width, height = height, width
     fps = _rate(stream.get("avg_frame_rate")) or _rate(stream.get("r_frame_rate"))
-    # The stream's own duration first: sound often lasts longer than the picture. Matroska has it as a tag.
-    duration_s = (
-        _number(stream.get("duration"))
-        or _clock(stream.get("tags", {}).get("DURATION"))
-        or _number(report.get("format", {}).get("duration"))
-    )
+    duration_s = _own_duration(stream) or _number(report.get("format", {}).get("duration"))
     if not duration_s and fps:
         duration_s = _number(stream.get("nb_frames")) / fps
     return VideoInfo(
@@ -83,6 +87,11 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
         fps=fps,
         duration_s=duration_s,
     )
+
+
+def _own_duration(stream: dict[str, Any]) -> float:
+    # Not the container's: sound often lasts longer than the picture. Matroska has it as a tag.
+    return _number(stream.get("duration")) or _clock(stream.get("tags", {}).get("DURATION"))
 
 
 def _check(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
@@ -97,6 +106,10 @@ def _check(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
     if info.duration_s > limits.max_duration_s:
         raise BadVideo("too-large", f"{info.duration_s:.0f} s long; at most {limits.max_duration_s:.0f} s are allowed")
     return info
+
+
+def _of_type(streams: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [stream for stream in streams if stream.get("codec_type") == kind]
 
 
 def _container(report: dict[str, Any]) -> str:

@@ -13,11 +13,14 @@ from typing import IO, Any
 import pytest
 
 from pipeline import ffmpeg
-from pipeline.decode import FrameConfig, TranscodeConfig, decode_frames, require_decodable, transcode
+from pipeline.decode import FrameConfig, decode_frames, require_decodable
 from pipeline.errors import BadVideo, ConfigError
-from pipeline.ffmpeg import FfmpegLimits
+from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.probe import probe
+from pipeline.remux import remux_span
 from pipeline.schema import ClipSpan
+from pipeline.scoring import watch_file
+from pipeline.transcode import TranscodeConfig, transcode_span
 from tests.corpora import make_clip, real_clips
 
 LIMITS = FfmpegLimits()
@@ -111,7 +114,9 @@ class TestMemory:
                 lambda: probe(source, limits),
                 lambda: require_decodable(source, info, limits),
                 lambda: decode_frames(source, 1.0, FrameConfig(), limits),
-                lambda: transcode(source, ClipSpan(start_s=0, end_s=1), TranscodeConfig(), limits),
+                lambda: transcode_span(source, info, ClipSpan(start_s=0, end_s=1), TranscodeConfig(), limits),
+                lambda: remux_span(source, info, ClipSpan(start_s=0, end_s=1), limits, 10_000),
+                lambda: watch_file(source, info, 0.35, limits),
             ):
                 with pytest.raises(BadVideo) as caught:
                     step()
@@ -147,6 +152,89 @@ class TestOutput:
         with clip.open("rb") as source:
             source.seek(500)
             assert ffmpeg.run(["cat", f"/dev/fd/{source.fileno()}"], source, LIMITS, BUDGET) == clip.read_bytes()
+
+    def test_a_file_that_grows_too_large(self, clip: Path) -> None:
+        """RLIMIT_FSIZE: the kernel stops it, whatever the program thinks."""
+        with clip.open("rb") as source, ffmpeg.open_unnamed(0) as out:
+            script = f"sleep 0.2; exec cat /dev/zero > /dev/fd/{out.fileno()}"
+            with (
+                pytest.raises(BadVideo, match="larger file") as caught,
+                Process(["sh", "-c", script], [source, out], LIMITS, max_file_bytes=20 * 2**20) as process,
+            ):
+                process.finish()
+            assert out.seek(0, 2) == 20 * 2**20
+        assert caught.value.reject_class == "too-large"
+
+
+class TestSeveralPipes:
+    def test_all_are_read_at_the_same_time(self, clip: Path) -> None:
+        """Both outputs are far larger than a pipe's buffer: who reads them one after the other waits for ever."""
+        pipes = [Pipe(2**26), Pipe(2**26)]
+        script = "".join(f"head -c 3000000 /dev/zero >&{pipe.write_fd};" for pipe in (*pipes, *pipes[::-1]))
+        with clip.open("rb") as source, Process(["bash", "-c", script], [source], LIMITS, pipes=pipes) as process:
+            sizes = dict.fromkeys(pipes, 0)
+            for pipe, chunk in process.read():
+                sizes[pipe] += len(chunk)
+            process.finish()
+        assert list(sizes.values()) == [6_000_000, 6_000_000]
+
+    def test_each_has_its_own_budget(self, clip: Path) -> None:
+        pipes = [Pipe(100), Pipe(3)]
+        script = f"printf 12345 >&{pipes[0].write_fd}; printf 1234 >&{pipes[1].write_fd}"
+        with (
+            clip.open("rb") as source,
+            pytest.raises(BadVideo, match="3 bytes"),
+            Process(["bash", "-c", script], [source], LIMITS, pipes=pipes) as process,
+        ):
+            list(process.read())
+
+    def test_memory_stays_bounded(self, clip: Path) -> None:
+        """Whoever stops reading stops the process: nothing is piled up."""
+        pipe = Pipe(2**40)
+        with clip.open("rb") as source, Process(["cat", "/dev/zero"], [source], LIMITS, stdout=pipe) as process:
+            chunks = process.read()
+            next(chunks)
+            time.sleep(0.2)
+            assert pipe.size <= 2**21
+
+
+class TestFeeding:
+    def test_what_goes_in_comes_out(self, clip: Path, tmp_path: Path) -> None:
+        data = os.urandom(3_000_000)
+        with clip.open("rb") as source, (tmp_path / "out").open("w+b") as out:
+            script = f"cat > /dev/fd/{out.fileno()}"
+            with Process(["sh", "-c", script], [source, out], LIMITS, fed=True) as process:
+                process.write(data[:1000])
+                process.write(memoryview(data)[1000:])
+                process.finish()
+            assert out.read() == data
+
+    def test_a_reader_that_hangs(self, clip: Path) -> None:
+        limits = FfmpegLimits(timeout_s=0.3)
+        with (
+            clip.open("rb") as source,
+            pytest.raises(BadVideo, match=r"0\.3 s"),
+            Process(["sleep", "60"], [source], limits, fed=True) as process,
+        ):
+            process.write(bytes(4_000_000))
+
+    def test_a_reader_that_died_tells_why(self, clip: Path) -> None:
+        script = "echo no such codec >&2; exit 1"
+        with (
+            clip.open("rb") as source,
+            pytest.raises(BadVideo, match="no such codec") as caught,
+            Process(["sh", "-c", script], [source], LIMITS, fed=True) as process,
+        ):
+            process.write(bytes(4_000_000))
+            process.finish()
+        assert caught.value.stderr == "no such codec"
+
+    def test_the_clock_stands_while_the_caller_is_busy(self, clip: Path) -> None:
+        limits = FfmpegLimits(timeout_s=0.5)
+        with clip.open("rb") as source, Process(["cat"], [source], limits, stdout=Pipe(100), fed=True) as process:
+            time.sleep(0.8)
+            process.write(b"x")
+            process.finish()
 
 
 class TestMessages:
@@ -284,7 +372,7 @@ class TestLimitsChangeWhatPasses:
                 probe(source, FfmpegLimits(max_duration_s=59))
         assert caught.value.reject_class == "too-large"
 
-    @pytest.mark.parametrize("name", ["timeout_s", "memory_bytes", "max_pixels", "max_duration_s"])
+    @pytest.mark.parametrize("name", ["timeout_s", "memory_bytes", "max_pixels", "max_duration_s", "max_file_bytes"])
     @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
     def test_bad_values(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=name):

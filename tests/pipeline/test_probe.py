@@ -87,6 +87,7 @@ def test_rotation(tmp_path: Path, quarter_turns: int) -> None:
         ("webm", "libvpx", "libopus"),
         ("avi", "mpeg4", "mp2"),
         ("mpg", "mpeg2video", "mp2"),
+        ("flv", "flv", "mp3"),
         ("ts", "libx264", "aac"),
     ],
 )
@@ -142,15 +143,22 @@ def test_sound_is_no_video(tmp_path: Path) -> None:
     assert bad.reject_class == "no-video-stream" and "wav" in bad.reason
 
 
-def test_no_duration(tmp_path: Path) -> None:
-    """A live recording says neither how long it is nor how many frames it has: no span can be planned."""
-    clip = make_clip(tmp_path / "clip.mkv", seconds=1)
-    with (tmp_path / "live.mkv").open("wb") as live:  # a pipe cannot be rewound to note the duration
-        command = ["ffmpeg", "-v", "error", "-i", clip, "-c", "copy", "-f", "matroska", "-live", "1", "pipe:"]
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60)
-        live.write(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60).stdout)
-    bad = refusal(tmp_path / "live.mkv")
-    assert bad.reject_class == "corrupt" and "duration of 0.0 s" in bad.reason
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+def test_a_live_recording(tmp_path: Path, suffix: str) -> None:
+    """It says neither how long it is nor how many frames it has: its last packet does."""
+    clip = make_clip(tmp_path / f"clip.{suffix}", seconds=1.5, codec="libvpx")
+    command = ["ffmpeg", "-v", "error", "-i", clip, "-c", "copy", "-f", "matroska", "-live", "1", "pipe:"]
+    data = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60).stdout
+    (tmp_path / f"live.{suffix}").write_bytes(data)  # a pipe cannot be rewound to note the duration
+    assert look_at(tmp_path / f"live.{suffix}").duration_s == pytest.approx(1.5, abs=0.11)
+
+
+def test_a_live_recording_without_a_frame(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "clip.mkv", seconds=0.5)
+    command = ["ffmpeg", "-v", "error", "-i", clip, "-c", "copy", "-f", "matroska", "-live", "1", "pipe:"]
+    data = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60).stdout
+    (tmp_path / "live.mkv").write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # where the first cluster begins
+    assert refusal(tmp_path / "live.mkv").reject_class in ("corrupt", "not-video")
 
 
 def test_the_file_name_does_not_matter(tmp_path: Path) -> None:
