@@ -72,7 +72,11 @@ def run(config: PretrainConfig) -> JobResult:
     assert meta.totals is not None
     totals = {name: float(meta.totals[name]) for name in ("committed", "frames", "hours")}
     tokens = DatasetInput(
-        name=config.tokens.name, fingerprint=meta.fingerprint, uri=str(config.tokens.resolve()), totals=totals
+        name=config.tokens.name,
+        fingerprint=meta.fingerprint,
+        uri=str(config.tokens.resolve()),
+        totals=totals,
+        content=meta.content,
     )
     inputs = [tokens]
     if config.continue_from is not None:

@@ -49,6 +49,7 @@ class DatasetInput:
     parent_fingerprint: of what it was made from; "" where not known.
     run_id: the MLflow run that made it; "" where not known. For a local `uri` the folder is asked.
     totals: numbers to show beside it, such as samples and bytes.
+    content: digest of what the dataset holds; it changes where rejects were retried with success, the fingerprint does not.
     """
 
     name: str
@@ -58,6 +59,7 @@ class DatasetInput:
     parent_fingerprint: str = ""
     run_id: str = ""
     totals: dict[str, float] = field(default_factory=dict)
+    content: str = ""
 
 
 def read_run_id(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,11 @@ from jobs.result import JobResult
 from jobs.tracking import DatasetInput
 from jobs.training import Task, WorkersConfig, run_training
 from models.optim import OptimConfig
+from models.tokenizers.base import Tokenizer, load_tokenizer
+from models.tokenizers.ssim import WINDOW_PX, ssim
 from models.tokenizers.vqvae import Vqvae, VqvaeConfig, VqvaeObjective, VqvaeObjectiveConfig
 from pipeline.dataset import read_index, read_meta
+from pipeline.errors import ConfigError
 from pipeline.frames import FrameLoader, FrameLoaderConfig
 from pipeline.schema import Split
 
@@ -46,8 +50,18 @@ class TrainTokenizerConfig:
         default_factory=lambda: LoopConfig(steps=20_000, save_every_steps=500, picture_every_steps=500)
     )
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    perceptual: Path | None = None
+    """Folder of another tokenizer (a dVAE, or the model/ of an earlier run), whose features --objective.perceptual-weight
+    compares reconstructions by."""
     eval_frames: int = 512
     """Frames, of the validation split where there is one, that the final figures are measured on."""
+
+    def __post_init__(self) -> None:
+        if (self.perceptual is None) == (self.objective.perceptual_weight > 0):
+            raise ConfigError(
+                f"perceptual = {self.perceptual} and objective.perceptual_weight = {self.objective.perceptual_weight}: "
+                "the weight needs a tokenizer for its features, and the tokenizer a weight of more than 0"
+            )
 
 
 def run(config: TrainTokenizerConfig) -> JobResult:
@@ -55,13 +69,20 @@ def run(config: TrainTokenizerConfig) -> JobResult:
     FrameLoader(
         config.clips, config.loader, rank=0, world_size=config.workers.num_workers
     )  # fails here, not on workers
-    clips = DatasetInput(name=config.clips.name, fingerprint=meta.fingerprint, uri=str(config.clips.resolve()))
+    uri = str(config.clips.resolve())
+    inputs = [DatasetInput(name=config.clips.name, fingerprint=meta.fingerprint, uri=uri, content=meta.content)]
+    if (network := _load_perceptual(config)) is not None:
+        assert config.perceptual is not None
+        folder = config.perceptual.resolve()
+        config = replace(config, perceptual=folder)
+        fingerprint = network.fingerprint()
+        inputs.append(DatasetInput(name=folder.name, fingerprint=fingerprint, uri=str(folder), context="perceptual"))
     return run_training(
         "train-tokenizer",
         config.out,
         config,
         functools.partial(_build, replace(config, clips=config.clips.resolve())),
-        [clips],
+        inputs,
         functools.partial(_conclude, config),
         name=f"train-tokenizer {config.out.name}",
     )
@@ -69,7 +90,8 @@ def run(config: TrainTokenizerConfig) -> JobResult:
 
 def _build(config: TrainTokenizerConfig, context: Context) -> Task:
     batches = FrameLoader(config.clips, config.loader, rank=context.rank, world_size=context.world_size)
-    objective = VqvaeObjective(Vqvae(config.tokenizer), config.objective)
+    network = _load_perceptual(config, context.device)
+    objective = VqvaeObjective(Vqvae(config.tokenizer), config.objective, network)
     fixed = batches.batch(0)["frames"][:: max(1, config.loader.frames_per_clip)][:_PICTURE_FRAMES]
 
     def draw(module: nn.Module, step: int) -> None:
@@ -84,9 +106,24 @@ def _build(config: TrainTokenizerConfig, context: Context) -> Task:
     return Task(objective=objective, batches=batches, draw=draw)
 
 
+def _load_perceptual(config: TrainTokenizerConfig, device: str | torch.device = "cpu") -> Tokenizer | None:
+    if config.perceptual is None:
+        return None
+    try:
+        network = load_tokenizer(config.perceptual, device)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"perceptual = {config.perceptual}: {error}") from error
+    if config.loader.frames.size_px % network.patch:
+        raise ConfigError(
+            f"perceptual = {config.perceptual}: its patch of {network.patch} px does not divide loader.frames.size_px = "
+            f"{config.loader.frames.size_px}"
+        )
+    return network
+
+
 def _conclude(config: TrainTokenizerConfig, checkpoint: Path) -> dict[str, Any]:
     """Save the tokenizer, and measure it on frames that it was not trained on where the dataset has some."""
-    objective = VqvaeObjective(Vqvae(config.tokenizer), config.objective)
+    objective = VqvaeObjective(Vqvae(config.tokenizer), VqvaeObjectiveConfig())  # its weights alone are of interest
     load_weights(checkpoint, objective)
     tokenizer = objective.tokenizer.eval()
     tokenizer.save(config.out / "model")
@@ -95,21 +132,27 @@ def _conclude(config: TrainTokenizerConfig, checkpoint: Path) -> dict[str, Any]:
 
 
 def _measure(tokenizer: Vqvae, config: TrainTokenizerConfig, split: Split) -> dict[str, float]:
+    """PSNR over all pixels, mean SSIM on luma (null for frames smaller than its window), and how codes are used."""
     per_clip = config.loader.frames_per_clip
     loader_config = replace(config.loader, split=split, batch_size=per_clip * 4)
     loader = FrameLoader(config.clips, loader_config, rank=0, world_size=1)
     squared, count = 0.0, 0
+    alike: list[torch.Tensor] = []
     uses = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     for step in range(max(1, config.eval_frames // loader_config.batch_size)):
         frames = loader.batch(step)["frames"]
         codes = tokenizer.encode(frames)
-        errors = (tokenizer.decode(codes).float() - frames.float()) / 255.0
+        decoded = tokenizer.decode(codes)
+        errors = (decoded.float() - frames.float()) / 255.0
         squared, count = squared + float(errors.square().sum()), count + errors.numel()
+        if config.loader.frames.size_px >= WINDOW_PX:
+            alike.append(ssim(frames, decoded))
         uses += torch.bincount(codes.flatten().long(), minlength=tokenizer.codebook_size)
     share = (uses / uses.sum()).numpy()
     entropy = -float(np.sum(share[share > 0] * np.log(share[share > 0])))
     return {
         "psnr_db": 10 * float(np.log10(count / max(squared, 1e-12))),
+        "ssim": float(torch.cat(alike).mean()) if alike else math.nan,
         "codebook_perplexity": float(np.exp(entropy)),
         "codebook_used_share": float((share > 0).mean()),
     }

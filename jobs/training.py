@@ -33,7 +33,7 @@ from pipeline.schema import fingerprint
 log = logging.getLogger(__name__)
 _FAILURE = "failure.json"
 _MARKER = "run.json"
-_NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "continue_from")
+_NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from")
 """Settings that may change between a run and its resume; inputs count by fingerprint, not by where they lie."""
 
 
@@ -128,7 +128,7 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
     """Create or check the run folder; returns the run's fingerprint."""
     plain = to_plain(config)
     identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
-    identity["inputs"] = [one.fingerprint for one in inputs]
+    identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
     marker = out / _MARKER
     if marker.exists():
         before = json.loads(marker.read_text())

@@ -11,6 +11,7 @@ import pytest
 from jobs import pretrain
 from jobs.checkpoint import list_checkpoints
 from jobs.journal import read_journal
+from pipeline.dataset import read_meta
 from pipeline.errors import ConfigError
 from tests.conftest import Stages, small_pretrain_config
 
@@ -28,7 +29,8 @@ def test_a_run_continues_another(stages: Stages, tmp_path: Path) -> None:
     assert (result.status, result.committed, result.planned) == ("done", 10, 10)
     assert [row["step"] for row in read_journal(config.out / "metrics.jsonl") if "loss" in row] == [9, 10]
     inputs = json.loads((config.out / "run.json").read_text())["inputs"]
-    assert inputs == [stages.results["tokenize"].fingerprint, stages.results["pretrain"].fingerprint]
+    tokens = f"{stages.results['tokenize'].fingerprint} {read_meta(stages.tokens).content}"
+    assert inputs == [tokens, stages.results["pretrain"].fingerprint]
     assert (config.out / "model" / "model.safetensors").exists()
 
     before = list_checkpoints(config.out)

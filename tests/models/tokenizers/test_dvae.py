@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.tokenizers import published
-from models.tokenizers.base import load_tokenizer
+from models.tokenizers.base import Precision, load_tokenizer
 from models.tokenizers.dvae import Dvae, DvaeConfig
 from models.tokenizers.import_dvae import build_published
 from models.tokenizers.inert_pickle import Machine, Refused
@@ -125,6 +125,26 @@ def test_the_head_stays_in_float32_under_autocast() -> None:
         assert tokenizer.encode(frames).dtype == torch.uint16 and tokenizer.decode(tokenizer.encode(frames)).shape
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision(precision: Precision, tmp_path: Path) -> None:
+    """Only what the gain scales down is rounded, so the logits move by much less than in half precision throughout."""
+    tokenizer, frames = build_published(*make_weights()), make_frames(3)
+    tokenizer.save(tmp_path)
+    half = load_tokenizer(tmp_path, precision=precision)
+    assert isinstance(half, Dvae) and half.fingerprint() == tokenizer.fingerprint()
+    exact, found = (one.encoder(one.normalize(frames)) for one in (tokenizer, half))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    with torch.autocast("cpu", dtype):
+        throughout = tokenizer.encoder(tokenizer.normalize(frames))
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.5 * (throughout - exact).abs().max()
+    assert (half.encode(frames).long() != tokenizer.encode(frames).long()).float().mean() < 0.05
+    codes = tokenizer.encode(frames)
+    assert torch.equal(half.decode(codes), tokenizer.decode(codes))
+    with pytest.raises(ValueError, match=f"save: the weights are cast to {precision}"):
+        half.save(tmp_path)
 
 
 def test_save_and_load(tmp_path: Path) -> None:

@@ -10,11 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.optim import OptimConfig, build_optimizer
-from models.tokenizers.base import load_tokenizer
-from models.tokenizers.vqvae import Codebook, Vqvae, VqvaeConfig, VqvaeObjective, VqvaeObjectiveConfig
+from models.tokenizers.base import Precision, load_tokenizer
+from models.tokenizers.dvae import Dvae, DvaeConfig
+from models.tokenizers.vqvae import (
+    Codebook,
+    Vqvae,
+    VqvaeConfig,
+    VqvaeObjective,
+    VqvaeObjectiveConfig,
+    feature_distance,
+)
 from tests.models.distributed import run_two_workers
 
 TINY = VqvaeConfig(channels=8, codebook_size=16, code_dim=4, restart_below=0.0)
@@ -146,14 +155,182 @@ def test_gradients_pass_straight_through() -> None:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tokenizer.parameters())
 
 
+KINDS = [(codebook, distance) for codebook in ("ema", "gradient") for distance in ("euclidean", "cosine")]
+
+
+def length_one(rows: Tensor) -> Tensor:
+    return rows / rows.square().sum(-1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize(("codebook", "distance"), KINDS)
+def test_gradients_by_hand(codebook: str, distance: str) -> None:
+    """What reaches encoder, decoder and codes: eq. 3 term by term, and the decoder's gradient passed straight through."""
+    torch.manual_seed(0)
+    scaled = length_one if distance == "cosine" else lambda rows: rows
+    objective = VqvaeObjective(
+        Vqvae(replace(TINY, codebook=codebook, distance=distance)), VqvaeObjectiveConfig(beta=0.4, l1_weight=0.0)
+    )
+    tokenizer, frames = objective.tokenizer, make_frames()
+    objective({"frames": frames})  # lays the codebook
+    with torch.no_grad():
+        tokenizer.codebook.codes += 0.05 * torch.randn(16, 4)
+        tokenizer.codebook.codes *= 1.5  # a cosine codebook must not care
+    pixels = tokenizer.normalize(frames)
+
+    z = tokenizer.encoder(pixels)
+    rows = scaled(z.permute(0, 2, 3, 1).reshape(-1, 4))
+    raw_codes = tokenizer.codebook.codes.detach().clone().requires_grad_()
+    codes = scaled(raw_codes)
+    nearest = torch.cdist(rows, codes).argmin(1)
+    chosen = codes[nearest].detach().requires_grad_()
+    x = tokenizer.decoder(chosen.view(4, 4, 4, 4).permute(0, 3, 1, 2))
+    reconstruction = (x - pixels).square().mean()
+    reconstruction.backward()
+    assert chosen.grad is not None
+    decoder_grads = [p.grad.clone() for p in tokenizer.decoder.parameters()]
+    error = rows.detach() - codes[nearest].detach()
+    rows.backward(chosen.grad + 0.4 * 2 * error / error.numel())
+    encoder_grads = [p.grad.clone() for p in tokenizer.encoder.parameters()]
+    per_code = torch.zeros(16, 4).index_add_(0, nearest, -2 * error / error.numel())
+    codes.backward(per_code)
+
+    tokenizer.zero_grad()
+    out = objective({"frames": frames})["losses"]
+    sum(out.values()).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(out["reconstruction"], reconstruction)
+    torch.testing.assert_close(out["commitment"], 0.4 * error.square().mean())
+    torch.testing.assert_close([p.grad for p in tokenizer.decoder.parameters()], decoder_grads)
+    torch.testing.assert_close([p.grad for p in tokenizer.encoder.parameters()], encoder_grads)
+    if codebook == "gradient":
+        torch.testing.assert_close(out["codebook"], error.square().mean())
+        torch.testing.assert_close(tokenizer.codebook.codes.grad, raw_codes.grad)
+    else:
+        assert "codebook" not in out and not tokenizer.codebook.codes.requires_grad
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_cosine_distance_reads_directions_alone(codebook: str) -> None:
+    tokenizer = make_tokenizer(replace(TINY, codebook=codebook, distance="cosine"))
+    assert not torch.equal(tokenizer.encode(make_frames()), make_tokenizer().encode(make_frames()))
+    rows = length_one(tokenizer.encoder(tokenizer.normalize(make_frames())).permute(0, 2, 3, 1).reshape(-1, 4))
+    expected = (rows @ length_one(tokenizer.codebook.codes).T).argmax(1)
+    codes = tokenizer.encode(make_frames())
+    assert torch.equal(codes.long().flatten(), expected)
+    pictures = tokenizer.decode(codes)
+    with torch.no_grad():
+        tokenizer.encoder[-1].weight *= 7
+        tokenizer.encoder[-1].bias *= 7
+        if codebook == "gradient":
+            tokenizer.codebook.codes *= 3
+    assert torch.equal(tokenizer.encode(make_frames()), codes) and torch.equal(tokenizer.decode(codes), pictures)
+    vectors = tokenizer.codebook.vectors_of(codes.long())
+    torch.testing.assert_close(vectors.square().sum(1), torch.ones_like(vectors[:, 0]))
+
+
+@pytest.mark.parametrize(("codebook", "distance"), KINDS)
+def test_every_kind_learns_and_revives_dead_codes(codebook: str, distance: str) -> None:
+    torch.manual_seed(0)
+    config = VqvaeConfig(channels=16, codebook_size=32, code_dim=8, codebook=codebook, distance=distance)
+    objective = VqvaeObjective(Vqvae(config), VqvaeObjectiveConfig())
+    frames = make_frames(2)
+    first = objective({"frames": frames})["metrics"]["psnr"]
+    with torch.no_grad():
+        objective.tokenizer.codebook.codes[:30] = -objective.tokenizer.codebook.codes[30]
+        if codebook == "ema":
+            objective.tokenizer.codebook.sums[:30] = -objective.tokenizer.codebook.sums[30]
+    out = train(60, frames, objective)
+    assert out["metrics"]["psnr"] > first + 3 and out["metrics"]["codes_used"] > 0.4
+    none = replace(config, restart_below=0.0)
+    torch.manual_seed(0)
+    lazy = VqvaeObjective(Vqvae(none), VqvaeObjectiveConfig())
+    lazy({"frames": frames})
+    with torch.no_grad():
+        lazy.tokenizer.codebook.codes[:30] = -lazy.tokenizer.codebook.codes[30]
+        if codebook == "ema":
+            lazy.tokenizer.codebook.sums[:30] = -lazy.tokenizer.codebook.sums[30]
+    assert train(60, frames, lazy)["metrics"]["codes_used"] < out["metrics"]["codes_used"]
+
+
+@pytest.mark.parametrize(("codebook", "distance"), KINDS)
+def test_every_kind_is_saved_whole(codebook: str, distance: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(replace(TINY, codebook=codebook, distance=distance))
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert torch.equal(loaded.encode(make_frames()), tokenizer.encode(make_frames()))
+    others = {make_tokenizer(replace(TINY, codebook=c, distance=d)).fingerprint() for c, d in KINDS}
+    assert len(others) == 4 and tokenizer.fingerprint() in others
+    saved = json.loads((tmp_path / "config.json").read_text())["config"]
+    # Left out at their defaults, so that tokenizers from before these settings keep their fingerprint.
+    assert ("codebook" in saved, "distance" in saved) == (codebook == "gradient", distance == "cosine")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_is_of_the_encoder_alone(precision: Precision, tmp_path: Path) -> None:
+    tokenizer, frames = make_tokenizer(replace(TINY, codebook_size=64)), make_frames(4, side=64)
+    tokenizer.save(tmp_path)
+    half = load_tokenizer(tmp_path, precision=precision)
+    assert half.precision == precision and half.fingerprint() == tokenizer.fingerprint()
+    assert {p.dtype for p in half.encoder[:-1].parameters()} == {
+        torch.bfloat16 if precision == "bf16" else torch.float16
+    }
+    exact, found = tokenizer.encode(frames), half.encode(frames)
+    assert found.dtype == torch.uint16 and found.shape == exact.shape
+    # Rounding shows in the outputs, and seldom in the codes.
+    body = half.encoder[:-1](half.normalize(frames).to(next(half.encoder.parameters()).dtype)).float()
+    error = (body - tokenizer.encoder[:-1](tokenizer.normalize(frames))).abs().max().item()
+    assert 0 < error < (0.1 if precision == "bf16" else 0.01)
+    assert (found.long() != exact.long()).float().mean() < 0.1
+    assert torch.equal(half.decode(exact), tokenizer.decode(exact))
+    with pytest.raises(ValueError, match=f"save: the weights are cast to {precision}; allowed: fp32"):
+        half.save(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"cast to {precision} already, fp32 was asked for"):
+        half.set_precision("fp32")
+    with pytest.raises(ValueError, match="precision is 'fp8'; allowed: fp32, bf16, fp16"):
+        load_tokenizer(tmp_path, precision="fp8")  # type: ignore[arg-type]
+
+
+def test_float32_is_not_rounded_to_tf32() -> None:
+    tokenizer, seen = make_tokenizer(), []
+    tokenizer.encoder[-1].register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    assert before
+    tokenizer.encode(make_frames())
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32 == before
+
+
+def gradient_codebook(rank: int | None) -> dict[str, Tensor]:
+    """Uses and gradient of codes that learn by a loss, on this worker's half of the rows or on all."""
+    generator = torch.Generator().manual_seed(0)
+    codebook = Codebook(replace(TINY, codebook="gradient", distance="cosine"))
+    with torch.no_grad():
+        codebook.codes.copy_(torch.randn(16, 4, generator=generator))
+    codebook.uses.fill_(1.0)
+    codebook.updates.fill_(1)
+    z = torch.randn(4, 4, 2, 3, generator=generator)
+    z = z if rank is None else z[2 * rank : 2 * rank + 2]
+    quantized = codebook(z)
+    F.mse_loss(quantized.vectors, F.normalize(z, dim=1)).backward()
+    assert codebook.codes.grad is not None
+    grad = codebook.codes.grad
+    if rank is not None:  # as DDP does
+        torch.distributed.all_reduce(grad)
+        grad = grad / 2
+    return {"uses": codebook.uses, "counts": quantized.counts, "grad": grad}
+
+
 def codebook_steps(rank: int) -> dict[str, Tensor]:
     """Seven updates of a codebook, with restarts, on this worker's half of the rows."""
     generator = torch.Generator().manual_seed(0)
-    codebook = Codebook(replace(TINY, restart_below=0.9, restart_every=2))
-    for _ in range(7):
-        z = torch.randn(4, 4, 2, 3, generator=generator)
-        counts = codebook(z[2 * rank : 2 * rank + 2]).counts
-    return {**codebook.state_dict(), "counts": counts}
+    found = {}
+    for kind, distance in KINDS:
+        codebook = Codebook(replace(TINY, codebook=kind, distance=distance, restart_below=0.9, restart_every=2))
+        for _ in range(7):
+            z = torch.randn(4, 4, 2, 3, generator=generator)
+            counts = codebook(z[2 * rank : 2 * rank + 2]).counts
+        found |= {f"{kind}.{distance}.{name}": value for name, value in codebook.state_dict().items()}
+        found[f"{kind}.{distance}.counts"] = counts
+    return found
 
 
 def follow_whole_batch(rank: int | None) -> dict[str, Tensor]:
@@ -170,7 +347,7 @@ def follow_whole_batch(rank: int | None) -> dict[str, Tensor]:
 
 
 def two_checks(rank: int) -> list[dict[str, Tensor]]:
-    return [codebook_steps(rank), follow_whole_batch(rank)]
+    return [codebook_steps(rank), follow_whole_batch(rank), gradient_codebook(rank)]
 
 
 def test_two_workers_keep_one_codebook(tmp_path: Path) -> None:
@@ -179,10 +356,12 @@ def test_two_workers_keep_one_codebook(tmp_path: Path) -> None:
         for name, value in a.items():
             assert torch.equal(value, b[name]), name
     torch.testing.assert_close(first[1], follow_whole_batch(None))
+    torch.testing.assert_close(first[2], gradient_codebook(None))
 
 
-def test_checkpoint_in_the_middle_is_exact() -> None:
-    config = replace(TINY, restart_below=0.5, restart_every=2)
+@pytest.mark.parametrize(("codebook", "distance"), KINDS)
+def test_checkpoint_in_the_middle_is_exact(codebook: str, distance: str) -> None:
+    config = replace(TINY, codebook=codebook, distance=distance, restart_below=0.5, restart_every=2)
     torch.manual_seed(0)
     straight = VqvaeObjective(Vqvae(config), VqvaeObjectiveConfig())
     train(3, make_frames(), straight)
@@ -255,6 +434,8 @@ def test_wrong_frames_are_named() -> None:
         ({"res_blocks": 0}, "res_blocks is 0"),
         ({"codebook_size": 65536}, "codebook_size is 65536"),
         ({"patch": 5}, "patch is 5; allowed: 4, 8, 16"),
+        ({"codebook": "none"}, "codebook is 'none'; allowed: ema, gradient"),
+        ({"distance": "l1"}, "distance is 'l1'; allowed: euclidean, cosine"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"restart_below": 1.0}, "restart_below is 1.0"),
     ],
@@ -264,3 +445,36 @@ def test_bad_settings_are_named(setting: dict[str, Any], message: str) -> None:
         replace(TINY, **setting)
     with pytest.raises(ValueError, match=r"beta is -1\.0"):
         VqvaeObjectiveConfig(beta=-1.0)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "dvae"])
+def test_perceptual_loss(kind: str) -> None:
+    """It compares features of a frozen tokenizer, its gradient reaches the one that learns, and it learns to lower it."""
+    torch.manual_seed(1)
+    network = Vqvae(replace(TINY, channels=16)) if kind == "vqvae" else Dvae(DvaeConfig(hidden=8, codebook_size=24))
+    frames, before = make_frames(), network.fingerprint()
+    pixels = (frames.permute(0, 3, 1, 2) / 127.5) - 1
+    assert feature_distance(network, pixels, pixels) == 0
+    ours, theirs = (network.features((x + 1) / 2) for x in (pixels.flip(3), pixels))
+    expected = 2 - 2 * F.cosine_similarity(ours, theirs, dim=1).mean()
+    torch.testing.assert_close(feature_distance(network, pixels.flip(3), pixels), expected, atol=1e-5, rtol=1e-4)
+    logits = network.encoder[-1](theirs) if isinstance(network, Vqvae) else network.encoder.head(theirs)
+    torch.testing.assert_close(logits, network.encoder(network.normalize(frames)), atol=1e-5, rtol=1e-4)
+
+    def perceptual(weight: float, steps: int) -> tuple[VqvaeObjective, float]:
+        torch.manual_seed(0)
+        config = VqvaeObjectiveConfig(perceptual_weight=weight)
+        objective = VqvaeObjective(Vqvae(replace(TINY, channels=16)), config, network)
+        return objective, train(steps, frames, objective)["losses"]["perceptual"].item() / weight
+
+    objective, start = perceptual(1e-3, 1)
+    assert "perceptual" not in VqvaeObjective(objective.tokenizer, VqvaeObjectiveConfig())({"frames": frames})["losses"]
+    assert perceptual(100.0, 40)[1] < min(start, perceptual(1e-3, 40)[1])
+    assert network.fingerprint() == before and all(p.grad is None for p in network.parameters())
+    assert {name.split(".")[0] for name in objective.state_dict()} == {"tokenizer"}
+    with pytest.raises(ValueError, match=r"perceptual_weight is 0\.5 with no tokenizer"):
+        VqvaeObjective(objective.tokenizer, VqvaeObjectiveConfig(perceptual_weight=0.5))
+    with pytest.raises(ValueError, match=r"perceptual_weight is 0\.0 with a tokenizer"):
+        VqvaeObjective(objective.tokenizer, VqvaeObjectiveConfig(), network)
+    with pytest.raises(ValueError, match=r"perceptual_weight is -1\.0"):
+        VqvaeObjectiveConfig(perceptual_weight=-1.0)
