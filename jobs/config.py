@@ -25,8 +25,13 @@ def save_config(folder: Path, config: Any) -> Path:
     """Write `folder/config.json`, which `--config` reads back."""
     path = folder / CONFIG_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_plain(config), indent=2) + "\n")
+    path.write_text(to_text(config))
     return path
+
+
+def to_text(config: Any) -> str:
+    """What stands in a `config.json`."""
+    return json.dumps(to_plain(config), indent=2) + "\n"
 
 
 def load_config(path: Path, kind: type[T]) -> T:

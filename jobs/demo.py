@@ -11,17 +11,19 @@ from typing import Any
 
 from jobs import demo_corpus, evaluate, pretrain, recipes, shard, tokenize, train_tokenizer
 from jobs.cluster import connect
+from jobs.data_job import RejectPolicy
 from jobs.loop import LoopConfig
 from jobs.result import JobResult
 from jobs.training import WorkersConfig
 from models.tokenizers.vqvae import VqvaeConfig
 from pipeline.clips import ClipConfig
-from pipeline.corpus import list_corpus
 from pipeline.dataset import read_index
-from pipeline.decode import FrameConfig, TranscodeConfig
+from pipeline.decode import FrameConfig
 from pipeline.frames import FrameLoaderConfig
 from pipeline.sharding import ShardSettings
+from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings
+from pipeline.transcode import TranscodeConfig
 
 log = logging.getLogger(__name__)
 _FRAMES = FrameConfig(fps=4.0, size_px=128)
@@ -95,13 +97,15 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
         transcode=TranscodeConfig(short_side_px=144),
         videos_per_shard=4,
         # So that the held-out figures rest on more than one scene; of a handful of videos none can be spared.
-        val_fraction=0.35 if len(list_corpus(corpus, "*")[1]) >= 8 else 0.0,
+        val_fraction=0.35 if _count_files(corpus) >= 8 else 0.0,
     )
     recipe = recipes.debug()
     return {
         # A person's own folder may hold anything; the demo goes on with what is left.
         "shard": lambda: shard.run(
-            shard.ShardConfig(corpus=corpus, out=clips, settings=settings, max_reject_fraction=1.0)
+            shard.ShardConfig(
+                corpus=str(corpus), out=str(clips), settings=settings, rejects=RejectPolicy(max_reject_fraction=1.0)
+            )
         ),
         "train-tokenizer": lambda: train_tokenizer.run(
             train_tokenizer.TrainTokenizerConfig(
@@ -115,7 +119,7 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
         ),
         "tokenize": lambda: tokenize.run(
             tokenize.TokenizeConfig(
-                clips=clips, out=tokens, tokenizer=tokenizer, settings=TokenizeSettings(frames=_FRAMES)
+                clips=str(clips), out=str(tokens), tokenizer=tokenizer, settings=TokenizeSettings(frames=_FRAMES)
             )
         ),
         "pretrain": lambda: pretrain.run(
@@ -130,6 +134,10 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
         ),
         "evaluate": lambda: evaluate.run(evaluate.EvaluateConfig(run=model)),
     }
+
+
+def _count_files(corpus: Path) -> int:
+    return sum(1 for _ in Store.at(corpus).walk()) if corpus.is_dir() else 0
 
 
 def _fit_batch(tokens: Path, wanted: int) -> int:

@@ -31,6 +31,7 @@ from pipeline.errors import ConfigError
 from pipeline.loader import WindowReader
 from pipeline.order import draw_seeds
 from pipeline.schema import Reject, Split, fingerprint
+from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
 
 log = logging.getLogger(__name__)
@@ -272,7 +273,8 @@ def _originals(
     tokens: Path, meta: DatasetMeta, row: dict[str, Any], start: int, num_frames: int
 ) -> Sequence[np.ndarray]:
     """The window's frames as they were before the tokenizer, where its clip dataset is still at hand."""
-    clips = (tokens / meta.extra["clips"]).resolve()
+    place = meta.extra["clips"]
+    clips = Store.at(place if "://" in place else (tokens / place).resolve())
     try:
         if read_meta(clips, kind="clips").fingerprint != meta.parent_fingerprint:
             return []

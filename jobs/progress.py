@@ -20,23 +20,31 @@ _LOG_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts `done` of `total` units, with a few figures (rejects by class, the loss) beside them."""
+    """Counts `done` of `total` units, with a few figures (rejects by class, the loss) beside them; use it by `with`."""
 
     def __init__(self, job: str, unit: str, total: int, done: int = 0) -> None:
         self._job, self._unit, self._total, self.done = job, unit, total, done
-        self._started_s = self._logged_s = time.monotonic()
+        self._started_s = time.monotonic()
         self._first = done
         self._figures: Mapping[str, object] = {}
         self._bar = tqdm(
             total=total, initial=done, unit=unit, desc=job, file=sys.stderr, disable=not sys.stderr.isatty()
         )
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._log_regularly, name="progress-log", daemon=True)
 
     def __enter__(self) -> Progress:
+        if self._bar.disable:
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if self._bar.disable:
+            self._thread.join()
+            self._log()
         self._bar.close()
 
     def note(self, figures: Mapping[str, object]) -> None:
@@ -46,15 +54,17 @@ class Progress:
     def advance(self, units: int) -> None:
         self.done += units
         self._bar.update(units)
-        now_s = time.monotonic()
-        if self._bar.disable and (now_s - self._logged_s >= _LOG_EVERY_S or self.done == self._total):
-            self._logged_s = now_s
-            rate = (self.done - self._first) / max(1e-9, now_s - self._started_s)
-            left_s = (self._total - self.done) / rate if rate else float("inf")
-            figures = "".join(f", {name} {value}" for name, value in self._figures.items())
-            log.info(
-                f"{self._job}: {self.done} of {self._total} {self._unit}, {rate:.3g}/s, {left_s:.0f} s left{figures}"
-            )
+
+    def _log_regularly(self) -> None:
+        # By the clock, not by progress: a log that falls silent says nothing about whether the job still lives.
+        while not self._ended.wait(_LOG_EVERY_S):
+            self._log()
+
+    def _log(self) -> None:
+        rate = (self.done - self._first) / max(1e-9, time.monotonic() - self._started_s)
+        left = f"{(self._total - self.done) / rate:.0f} s left" if rate else "time left unknown"
+        figures = "".join(f", {name} {value}" for name, value in self._figures.items())
+        log.info(f"{self._job}: {self.done} of {self._total} {self._unit}, {rate:.3g}/s, {left}{figures}")
 
 
 @contextlib.contextmanager

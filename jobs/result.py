@@ -38,12 +38,12 @@ class JobResult:
         return json.dumps(_finite({**common, "elapsed_s": round(self.elapsed_s, 3), **self.figures}), allow_nan=False)
 
 
-def result_of_books(job: str, out: str, ledger: Ledger, max_reject_fraction: float, **figures: Any) -> JobResult:
+def result_of_books(job: str, out: str, ledger: Ledger, status: Status, **figures: Any) -> JobResult:
     """The result of a data job, from its books."""
     return JobResult(
         job=job,
         out=out,
-        status="too-many-rejects" if ledger.reject_fraction > max_reject_fraction else "done",
+        status=status,
         planned=ledger.planned,
         committed=ledger.committed,
         filtered=ledger.filtered.total(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +11,16 @@ from typing import Annotated
 import tyro
 
 from jobs.cluster import connect
-from jobs.config import save_config, to_plain
-from jobs.data_job import DataJob
+from jobs.config import to_plain
+from jobs.data_job import DataJob, RejectPolicy
+from jobs.folder import lock_folder, work_folder
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
-from pipeline.errors import ConfigError
-from pipeline.sharding import ShardSettings, describe_clips, list_inputs, plan_shards
+from pipeline.errors import TransientIO
+from pipeline.plan_file import name_changes
+from pipeline.planning import plan_shards
+from pipeline.sharding import ShardSettings, describe_clips
+from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
 
@@ -27,38 +32,57 @@ class ShardConfig:
     Run the same command again after a crash: finished shards stay, the others are made, byte for byte the same.
     """
 
-    corpus: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-    """Folder of videos, or a manifest (.csv, .jsonl, .parquet) with a column 'video' and, as you have them, 'caption',
-    'label', 'split'."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write the dataset to."""
+    corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
+    """Folder of videos, a glob ('videos/**/*.mp4'), or a manifest (.txt, .csv, .jsonl, .parquet) with a column 'video' and, as
+    you have them, 'caption', 'label', 'split', 'start_s', 'end_s'; every other column is carried along. A path, or
+    s3://, gs://, abfs://."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write the dataset to: a path that all nodes share, or s3://, gs://, abfs://."""
+    root: str = ""
+    """What a manifest's paths are relative to, also https://; by default the manifest's folder. Nothing outside of it is
+    read."""
     settings: Annotated[ShardSettings, tyro.conf.arg(name="")] = field(default_factory=ShardSettings)
-    max_reject_fraction: float = 0.1
-    """More rejects than this share of the planned clips make the exit code 3."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise ConfigError(f"max_reject_fraction = {self.max_reject_fraction}: must be in [0, 1]")
+    rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
 
 
 def run(config: ShardConfig) -> JobResult:
-    plan = plan_shards(config.corpus, config.settings)
-    log.info(
-        "shard: %d videos in %d shards, %d rejected by the plan", plan.num_videos, len(plan.items), len(plan.rejects)
+    out = Store.at(config.out)
+    work = work_folder(out)
+    with lock_folder(work):
+        scratch = work / ".plan"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a job that was killed while it planned
+        scratch.mkdir()
+        try:
+            return _run(config, out, scratch)
+        except OSError as error:  # of a video it would be a reject
+            raise TransientIO(
+                f"{out}: stopped by a disk or a storage that refuses: {' '.join(str(error).split())}; "
+                "when that is mended, the same command resumes"
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(config: ShardConfig, out: Store, scratch: Path) -> JobResult:
+    plan = plan_shards(config.corpus, config.settings, scratch, root=config.root)
+    refused = plan.ledger.planned
+    log.info(f"shard: {plan.num_videos} videos in {plan.num_shards} shards, {refused} rejected by the plan")
+    root = Store.at(plan.root)
+    corpus = DatasetInput(
+        name=root.name,
+        fingerprint=plan.inputs_digest,
+        uri=plan.root,
+        context="corpus",
+        totals={"videos": plan.num_videos, "bytes": plan.num_bytes},
     )
     meta = describe_clips(plan, to_plain(config.settings))
-    corpus = DatasetInput(
-        name=plan.root.name,
-        fingerprint=meta.inputs_digest,
-        uri=str(plan.root),
-        context="corpus",
-        totals={"videos": plan.num_videos, "bytes": sum(ref.size_bytes for item in plan.items for ref in item)},
-    )
-    with DataJob.open("shard", config.out, meta, to_plain(config), [corpus], list_inputs(plan)) as job:
-        save_config(config.out, config)
+    with DataJob.open(
+        "shard", out, meta, config, [corpus], policy=config.rejects, plan_books=plan.ledger, plan=plan.path,
+        plan_rejects=plan.rejects, name_changes=name_changes,
+    ) as job:  # fmt: skip
         if job.todo:
             from pipeline.stages import run_shard
 
-            with connect(), job.progress("clips") as on_shard:
-                run_shard(plan, config.out.resolve(), job.meta, config.settings, job.todo, on_shard)
-        return job.finish(plan.rejects, config.max_reject_fraction, videos=plan.num_videos)
+            with connect(), job.progress() as on_shard:
+                run_shard(root, out, job.meta, config.settings, job.todo, config.rejects.retry_rejects, on_shard)
+        return job.finish(planned_videos=plan.num_videos)

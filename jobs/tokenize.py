@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +14,17 @@ import torch
 import tyro
 
 from jobs.cluster import connect, count
-from jobs.config import save_config, to_plain
-from jobs.data_job import DataJob
+from jobs.config import to_plain
+from jobs.data_job import DataJob, RejectPolicy
+from jobs.folder import lock_folder, work_folder
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
-from models.tokenizers.base import load_tokenizer
-from pipeline.dataset import read_meta
+from models.tokenizers.base import Precision, load_tokenizer
+from pipeline.dataset import committed_shards, read_index, read_meta
 from pipeline.errors import ConfigError
+from pipeline.quality import keep_mask
+from pipeline.schema import SCORES
+from pipeline.storage import Store
 from pipeline.tokenizing import Encode, TokenizeSettings, describe_tokens
 
 log = logging.getLogger(__name__)
@@ -36,27 +39,25 @@ class TokenizeConfig:
     Run the same command again after a crash: finished shards stay, the others are made, byte for byte the same.
     """
 
-    clips: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLIPS")]
-    """Clip dataset, made by `tokenreel shard`."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write the token dataset to."""
+    clips: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLIPS")]
+    """Clip dataset, made by `tokenreel shard`; a path, or s3://, gs://, abfs://."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write the token dataset to; a path that all nodes share, or s3://, gs://, abfs://."""
     tokenizer: Path
     """Folder of a tokenizer, or of the run that trained or imported it."""
     settings: Annotated[TokenizeSettings, tyro.conf.arg(name="")] = field(default_factory=TokenizeSettings)
     num_encoders: int = 0
     """Encoders, one GPU each, or one CPU each where there is none; 0 takes every GPU, or every second CPU."""
-    max_reject_fraction: float = 0.1
-    """More rejects than this share of the planned clips make the exit code 3."""
+    rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
 
     def __post_init__(self) -> None:
-        if self.num_encoders < 0 or not 0 <= self.max_reject_fraction <= 1:
-            raise ConfigError(
-                f"num_encoders = {self.num_encoders} must be 0 or more, max_reject_fraction = {self.max_reject_fraction} in [0, 1]"
-            )
+        if self.num_encoders < 0:
+            raise ConfigError(f"num_encoders = {self.num_encoders}: must be 0 or more")
 
 
 def run(config: TokenizeConfig) -> JobResult:
-    clips = read_meta(config.clips, kind="clips", complete=True)
+    source, out = Store.at(config.clips), Store.at(config.out)
+    clips = read_meta(source, kind="clips", complete=True)
     folder = find_tokenizer(config.tokenizer)
     tokenizer = load_tokenizer(folder)
     if config.settings.frames.size_px % tokenizer.patch:
@@ -69,9 +70,12 @@ def run(config: TokenizeConfig) -> JobResult:
         "patch": tokenizer.patch,
     }
     meta = describe_tokens(clips, to_plain(config.settings), identity)
-    meta.extra["clips"] = os.path.relpath(config.clips.resolve(), config.out.resolve())
+    if config.settings.keep.given():  # a threshold on clips that were never scored would filter all of them
+        keep_mask(read_index(source, [f"score_{name}" for name in SCORES]), config.settings.keep)
+    both_local = source.is_local and out.is_local
+    meta.extra["clips"] = os.path.relpath(source.path().resolve(), out.path().resolve()) if both_local else source.url
     inputs = [
-        DatasetInput(name=config.clips.name, fingerprint=clips.fingerprint, uri=str(config.clips.resolve())),
+        DatasetInput(name=source.name, fingerprint=clips.fingerprint, uri=source.url),
         DatasetInput(
             name=config.tokenizer.name,
             fingerprint=identity["fingerprint"],
@@ -79,24 +83,30 @@ def run(config: TokenizeConfig) -> JobResult:
             context="tokenizer",
         ),
     ]
-    with DataJob.open("tokenize", config.out, meta, to_plain(config), inputs) as job:
-        save_config(config.out, config)
-        shutil.copytree(folder, config.out / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    contents = {shard: info.content for shard, info in committed_shards(source, clips.fingerprint).items()}
+    with (
+        lock_folder(work_folder(out)),
+        DataJob.open("tokenize", out, meta, config, inputs, policy=config.rejects, parent_contents=contents) as job,
+    ):
+        for path in folder.iterdir():
+            out.write(f"{TOKENIZER_FOLDER}/{path.name}", path.read_bytes())
         if job.todo:
             from pipeline.stages import run_tokenize
 
-            with connect(), job.progress("clips") as on_shard:
+            with connect(), job.progress() as on_shard:
                 num_encoders, resources = _place_encoders(config.num_encoders)
                 make_encode = functools.partial(
-                    _make_encode, folder.resolve(), "cuda" if "num_gpus" in resources else "cpu"
+                    _make_encode,
+                    folder.resolve(),
+                    "cuda" if "num_gpus" in resources else "cpu",
+                    config.settings.precision,
                 )
                 run_tokenize(
-                    config.clips.resolve(), config.out.resolve(), job.meta, config.settings, make_encode, job.todo, on_shard,
-                    num_encoders, resources,
-                )  # fmt: skip
-        result = job.finish([], config.max_reject_fraction)
+                    source, out, job.meta, config.settings, make_encode, job.todo, on_shard, num_encoders, resources
+                )
+        result = job.finish()
     side = config.settings.frames.size_px // tokenizer.patch
-    result.figures["tokens"] = result.figures["frames"] * side * side
+    result.figures["tokens"] = result.figures.get("frames", 0) * side * side
     return result
 
 
@@ -119,8 +129,8 @@ def _place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
     return encoders, {"num_cpus": 1 if encoders < cpus else 0}
 
 
-def _make_encode(folder: Path, device: str) -> Encode:
-    tokenizer = load_tokenizer(folder, device)
+def _make_encode(folder: Path, device: str, precision: Precision) -> Encode:
+    tokenizer = load_tokenizer(folder, device, precision)
 
     def encode(frames: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -14,8 +14,11 @@ import torch
 from pipeline.dataset import read_index, read_meta
 from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError
+from pipeline.loader import select_rows
 from pipeline.order import GlobalOrder, draw_seeds, hash_keys
+from pipeline.quality import QualityThresholds
 from pipeline.schema import Reject, Split
+from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
 
 
@@ -32,6 +35,8 @@ class FrameLoaderConfig:
     """Which split to read."""
     seed: int = 0
     """Seed of the order and of the frames drawn."""
+    keep: QualityThresholds = field(default_factory=QualityThresholds)
+    """Clips whose scores are beyond these are left out."""
     cache_bytes: int = 2**30
     """Decoded clips kept in memory by each worker, in bytes."""
     decode_threads: int = 2
@@ -56,11 +61,10 @@ class FrameLoader:
                 f"which do not divide by the {world_size} workers"
             )
         fingerprint = read_meta(folder, kind="clips", complete=True).fingerprint
-        index = read_index(folder)
-        self._rows: list[dict[str, Any]] = [row for row in index.to_pylist() if row["split"] == config.split]
+        self._rows: list[dict[str, Any]] = select_rows(read_index(folder), config.split, config.keep).to_pylist()
         if not self._rows:
-            raise ConfigError(f"{folder} holds no clip in split {config.split}")
-        self._folder, self._config = folder, config
+            raise ConfigError(f"{folder} holds no clip in split {config.split}, or loader.keep leaves none")
+        self._store, self._config = Store.at(folder), config
         self._settings = TokenizeSettings(frames=config.frames)
         self._order = GlobalOrder(np.array([row["shard"] for row in self._rows]), config.seed, fingerprint, 64)
         self._key_hashes = hash_keys([row["key"] for row in self._rows])
@@ -104,7 +108,7 @@ class FrameLoader:
         return clips
 
     def _decode_one(self, sample: int) -> np.ndarray:
-        outcome = decode_clip(self._folder, self._rows[sample], self._settings)
+        outcome = decode_clip(self._store, self._rows[sample], self._settings)
         if isinstance(outcome, Reject):
             return np.full((1, self._config.frames.size_px, self._config.frames.size_px, 3), 128, np.uint8)
         return outcome

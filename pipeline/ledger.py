@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,3 @@ class Ledger:
             filtered=Counter(data["filtered"]),
             rejected=Counter(data["rejected"]),
         )
-
-
-OnShard = Callable[[int, Ledger], None]
-"""Told of each committed shard: its number and its books."""

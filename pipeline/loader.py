@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pipeline.dataset import read_index, read_meta, shard_path
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.order import GlobalOrder, draw_seeds, hash_keys
+from pipeline.quality import QualityThresholds, keep_mask
 from pipeline.schema import Split, TokenBatch
 
 _MAX_OPEN_SHARDS = 256
@@ -30,6 +33,8 @@ class LoaderConfig:
     """Shards whose samples are shuffled together."""
     seed: int = 0
     """Seed of the order, the windows and the masks."""
+    keep: QualityThresholds = field(default_factory=QualityThresholds)
+    """Samples whose scores are beyond these are left out; nothing is decoded again."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shards_per_block < 1:
@@ -63,7 +68,7 @@ class TokenLoader:
     ) -> None:
         if config.batch_size % world_size:
             raise ConfigError(f"loader.batch_size = {config.batch_size} does not divide by the {world_size} workers")
-        self._reader = WindowReader(folder, config.split, window, pad)
+        self._reader = WindowReader(folder, config.split, window, pad, config.keep)
         if config.batch_size > len(self._reader):
             raise ConfigError(
                 f"loader.batch_size = {config.batch_size} exceeds the {len(self._reader)} samples of split {config.split} in "
@@ -97,18 +102,32 @@ class TokenLoader:
         )
 
 
+def select_rows(index: pa.Table, split: Split | Literal["all"], keep: QualityThresholds | None) -> pa.Table:
+    """The rows of an index that belong to `split` and hold every threshold of `keep`, in their order.
+
+    Raises:
+        ConfigError: a threshold is set on a score that no row has.
+    """
+    if split != "all":
+        index = index.filter(pc.equal(index["split"], split))
+    return index if keep is None else index.filter(keep_mask(index, keep))
+
+
 class WindowReader:
     """Random access to windows of a token dataset by index row: one positioned read a window, no tar parsing."""
 
-    def __init__(self, folder: Path, split: Split | Literal["all"], window: tuple[int, int, int], pad: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: Split | Literal["all"],
+        window: tuple[int, int, int],
+        pad: int,
+        keep: QualityThresholds | None = None,
+    ) -> None:
         self._folder, self._window, self._pad = folder, window, pad
         self.num_frames = window[0]
         self.fingerprint = read_meta(folder, kind="tokens", complete=True).fingerprint
-        self.index = read_index(folder)
-        if split != "all":
-            self.index = (
-                self.index.filter(np.array(self.index["split"].to_pylist()) == split) if len(self.index) else self.index
-            )
+        self.index = select_rows(read_index(folder), split, keep)
         grids = set(zip(self.index["height"].to_pylist(), self.index["width"].to_pylist(), strict=True))
         if grids - {window[1:]}:
             raise ConfigError(f"{folder} holds grids of {sorted(grids)} tokens; the model takes {window[1:]}")

@@ -1,28 +1,39 @@
-"""The shard stage without Ray: a deterministic plan, and the work on one item of it."""
+"""The shard stage without Ray: the work on one item of the plan."""
 
 from __future__ import annotations
 
-import errno
+import functools
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, field
-from pathlib import Path
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.clips import ClipConfig, plan_clips
-from pipeline.corpus import list_corpus, split_duplicates
-from pipeline.dataset import DatasetMeta, ShardWriter
-from pipeline.decode import TranscodeConfig, require_decodable, transcode
-from pipeline.errors import BadVideo, ConfigError
+from pipeline.clips import ClipConfig
+from pipeline.cut import Cut
+from pipeline.cutting import check_storage, cut_video, needs_check
+from pipeline.dataset import DatasetMeta
+from pipeline.decode import require_decodable
+from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.ledger import Ledger
+from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
-from pipeline.schema import INPUT_SCHEMA, ClipSpan, Reject, VideoRef, draw_split, fingerprint
+from pipeline.quality import QualityConfig
+from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, fingerprint
+from pipeline.shards import ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
+from pipeline.storage import LOCAL_TROUBLE, Store
+from pipeline.transcode import TranscodeConfig
 
-_UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESTALE)
-_EXTENSIONS = {"mov": "mp4", "matroska": "mkv", "mpegts": "ts", "mpeg": "mpg", "mpegvideo": "mpg"}
+_MAX_FAILED_IN_A_ROW = 32
+"""Clips of one video, after which the rest of it is not tried: one wrong timestamp can promise a day of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,166 +41,284 @@ class ShardSettings:
     """What decides the content of a clip dataset, beside its corpus."""
 
     clips: ClipConfig = field(default_factory=ClipConfig)
-    storage: Literal["copy", "transcode"] = "copy"
-    """copy: a video's bytes as they are. transcode: H.264 of a small size that decodes fast."""
+    storage: Literal["copy", "remux", "transcode"] = "copy"
+    """copy: a video's bytes as they are. remux: its coded pictures as they are, cut at keyframes, in MP4. transcode:
+    coded anew, small, and fast to decode."""
     transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
+    audio: bool = False
+    """Keep the sound (remux, transcode; copy keeps it anyway)."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
     include: str = "*"
     """Glob that the relative paths of a corpus folder must match; everything else in it is ignored."""
     videos_per_shard: int = 32
     """Videos that share one output shard, the unit of work and of resume."""
+    shard_bytes: int = 0
+    """Input bytes that share one output shard, in place of a number of videos; 0: by videos."""
+    shards_multiple_of: int = 1
+    """Makes the number of shards a multiple of this: of the nodes or workers that will read them in equal parts."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """drop: of files with equal bytes only the first stays. keep: nothing is read to find them; within a shard, the second
+    is still rejected, because equal clips have equal keys."""
     val_fraction: float = 0.05
     """Share of videos whose clips go to the validation split, drawn by a hash of their content."""
     limits: FfmpegLimits = field(default_factory=FfmpegLimits)
 
     def __post_init__(self) -> None:
-        if self.storage not in ("copy", "transcode"):
-            raise ConfigError(f"storage = {self.storage!r}: allowed are copy, transcode")
-        if self.storage == "copy" and self.clips.mode != "whole":
+        check_storage(self)
+        if self.storage == "copy" and self.audio:
+            raise ConfigError("audio is for storage = remux or transcode; copy keeps a video's sound anyway")
+        if self.duplicates not in ("drop", "keep"):
+            raise ConfigError(f"duplicates = {self.duplicates!r}: allowed are drop, keep")
+        if self.videos_per_shard < 1 or self.shards_multiple_of < 1 or self.shard_bytes < 0:
             raise ConfigError(
-                f"storage = copy keeps whole videos; clips.mode = {self.clips.mode} needs storage = transcode"
+                f"videos_per_shard = {self.videos_per_shard} and shards_multiple_of = {self.shards_multiple_of} must be 1 or "
+                f"more, shard_bytes = {self.shard_bytes} 0 or more"
             )
-        if self.videos_per_shard < 1:
-            raise ConfigError(f"videos_per_shard = {self.videos_per_shard}: must be 1 or more")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction = {self.val_fraction}: must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardPlan:
-    """All work of a shard job, known before any of it starts: item i becomes shard i."""
-
-    root: Path
-    items: list[list[VideoRef]]
-    rejects: list[Reject]
-
-    @property
-    def num_videos(self) -> int:
-        return sum(map(len, self.items)) + len(self.rejects)
-
-
-def plan_shards(corpus: Path, settings: ShardSettings) -> ShardPlan:
-    """List the corpus and deal its videos out to shards, in an order that does not depend on the file system.
-
-    Neighbours in a folder are spread over shards by a hash of their paths, so that a shard is a fair sample.
-    """
-    root, refs, rejects = list_corpus(corpus, settings.include)
-    refs, duplicates = split_duplicates(root, refs)
-    refs.sort(key=lambda ref: (hashlib.sha256(ref.path.encode()).digest(), ref.path))
-    size = settings.videos_per_shard
-    items = [refs[start : start + size] for start in range(0, len(refs), size)]
-    return ShardPlan(root=root, items=items, rejects=[*rejects, *duplicates])
 
 
 def describe_clips(plan: ShardPlan, config: dict[str, Any]) -> DatasetMeta:
     """The identity of the clip dataset that `plan` and `config` (the settings as plain JSON) make.
 
-    Inputs count by path, size and modification time: a changed file is found without reading the corpus again.
+    Inputs count by path, size and modification time: a changed file is found without reading the corpus again. The
+    limits are no part of it: they decide only what is refused, so rejects can be retried under others.
     """
-    inputs_digest = fingerprint(
-        inputs=[astuple(ref) for item in plan.items for ref in item],
-        rejects=[[r.path, r.reject_class] for r in plan.rejects],
-    )
+    config = {name: value for name, value in config.items() if name != "limits"}
     return DatasetMeta(
         kind="clips",
-        fingerprint=fingerprint(kind="clips", inputs=inputs_digest, config=config),
+        fingerprint=fingerprint(kind="clips", inputs=plan.inputs_digest, config=config),
         config=config,
         parent_fingerprint="",
-        inputs_digest=inputs_digest,
-        num_shards=len(plan.items),
-        extra={"corpus": plan.root.name},
+        inputs_digest=plan.inputs_digest,
+        num_shards=plan.num_shards,
+        extra={"corpus": Store.at(plan.root).name},
     )
-
-
-def list_inputs(plan: ShardPlan) -> pa.Table:
-    """The inputs as a table, kept beside the dataset so that a resume can name the file that changed."""
-    return pa.Table.from_pylist([asdict(ref) for item in plan.items for ref in item], schema=INPUT_SCHEMA)
 
 
 def write_clip_shard(
-    out: Path, meta: DatasetMeta, shard: int, root: Path, refs: list[VideoRef], settings: ShardSettings
-) -> Ledger:
-    """Turn the videos of one work item into one committed shard, and return its books. Bad videos become rejects."""
-    writer = ShardWriter(out, meta, shard)
-    rejects: list[Reject] = []
-    planned = 0
-    try:
-        for ref in refs:
-            for outcome in _Video(root, ref, settings).read():
-                planned += 1
-                if isinstance(outcome, Reject):
-                    rejects.append(outcome)
-                else:
-                    writer.add(*outcome)
-        return writer.commit(planned, rejects)
-    finally:
-        writer.abort()
+    out: Store,
+    dataset_fingerprint: str,
+    shard: int,
+    corpus: Store,
+    refs: Sequence[VideoRef],
+    settings: ShardSettings,
+    retry: Collection[str] = (),
+) -> Written:
+    """Turn the videos of one work item into one committed shard. Bad videos become rejects.
 
-
-Sample = tuple[dict[str, Any], str, bytes]
-
-
-class _Video:
-    """One input on its way to samples."""
-
-    def __init__(self, root: Path, ref: VideoRef, settings: ShardSettings) -> None:
-        self._root, self._ref, self._settings = root, ref, settings
-
-    def read(self) -> Iterator[Sample | Reject]:
-        """A sample or a reject for each planned clip; one reject where the video fails as a whole."""
-        try:
-            with (self._root / self._ref.path).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                info = probe(file, self._settings.limits)
-                require_decodable(file, info, self._settings.limits)
-                for span in plan_clips(info.duration_s, self._settings.clips):
-                    yield self._read_span(file, digest, info, span)
-        except BadVideo as bad:
-            yield self._reject(bad)
-        except OSError as error:
-            if error.errno not in _UNREADABLE:  # a full disk is not the video's fault
-                raise
-            yield self._reject(BadVideo("unreadable", f"cannot be read: {error.strerror}"))
-
-    def _read_span(self, file: IO[bytes], digest: str, info: VideoInfo, span: ClipSpan) -> Sample | Reject:
-        settings = self._settings
-        video_id = digest[:16]
-        key = f"{video_id}-{round(span.start_s * 1000):09d}"
-        if span.duration_s < settings.clips.min_s:
-            reason = f"{span.duration_s:.3f} s; clips.min_s is {settings.clips.min_s:g}"
-            return Reject(
-                path=self._ref.path, key=key, stage="shard", reject_class="too-short", reason=reason, outcome="filtered"
-            )
-        try:
-            if settings.storage == "copy":
-                file.seek(0)
-                data, ext, stored = file.read(), _extension(info), info
+    Args:
+        refs: rows of the plan; those of one video stand together.
+        retry: reject classes that are tried again where the shard is committed already. All else is taken over from it,
+            and the result is what an unbroken run without those failures would have written.
+    """
+    with ExitStack() as stack:
+        writer = ShardWriter(out, "clips", dataset_fingerprint, shard)
+        stack.callback(writer.abort)
+        previous = stack.enter_context(_Previous(out, shard)) if retry and read_shard_info(out, shard) else None
+        item = _Item(corpus, settings, writer)
+        for path, group in itertools.groupby(refs, key=lambda ref: ref.path):
+            if previous is not None and not previous.failed(path, retry):
+                item.planned += previous.take_over(path, writer, item.rejects)
             else:
-                data, stored = transcode(file, span, settings.transcode, settings.limits)
-                ext = "mp4"
+                item.add_video(list(group), previous.attempts(path) if previous is not None else 0)
+        return Written(writer.commit(item.planned, item.rejects), item.read_bytes)
+
+
+class _Item:
+    """A shard in the making: its books, and one video after the other."""
+
+    def __init__(self, corpus: Store, settings: ShardSettings, writer: ShardWriter) -> None:
+        self._corpus, self._settings, self._writer = corpus, settings, writer
+        self._keys: set[str] = set()
+        self.planned = 0
+        self.rejects: list[Reject] = []
+        self.read_bytes = 0
+
+    def add_video(self, refs: list[VideoRef], attempts: int) -> None:
+        """Add the clips of one video; `attempts` counts those made before this one."""
+        has_spans = refs[0].start_s is not None
+        first_reject = len(self.rejects)
+        try:
+            with self._open(refs[0].path) as file, ThreadPoolExecutor(1) as hashing:
+                self.read_bytes += os.fstat(file.fileno()).st_size
+                info = probe(file, self._settings.limits)
+                spans = [_span(ref) for ref in refs] if has_spans else None
+                if needs_check(spans, self._settings):
+                    require_decodable(file, info, self._settings.limits)
+                # A copied video is hashed on its way into the shard; others while ffmpeg works on their first clip.
+                copies = self._settings.storage == "copy"
+                digest = None if copies else hashing.submit(_hash, file).result
+                by_span = {_span(ref): ref for ref in refs} if has_spans else {}
+                failed_in_a_row = 0
+                for cut in cut_video(file, info, spans, self._settings):
+                    self.planned += 1
+                    self._add_cut(cut, by_span.get(cut.planned, refs[0]), file, info, digest, has_spans)
+                    failed_in_a_row = failed_in_a_row + 1 if cut.error is not None else 0
+                    if (
+                        failed_in_a_row == _MAX_FAILED_IN_A_ROW
+                        and not has_spans
+                        and cut.planned.end_s < info.duration_s
+                    ):
+                        raise BadVideo(
+                            "corrupt",
+                            f"{failed_in_a_row} clips in a row failed; what is left, [{cut.planned.end_s:g}, "
+                            f"{info.duration_s:g}) s, counts as one that fails too",
+                        )
+        except BadVideo as bad:  # of the video as a whole, or of its rest: each clip that it was planned as
+            self.planned += len(refs) if has_spans else 1
+            self.rejects += [_reject(ref, bad, "") for ref in (refs if has_spans else refs[:1])]
+        self.rejects[first_reject:] = [
+            replace(one, attempts=attempts + one.attempts) for one in self.rejects[first_reject:]
+        ]
+
+    def _open(self, path: str) -> IO[bytes]:
+        try:
+            file = self._corpus.open(path, max_bytes=self._settings.limits.max_file_bytes)
+        except TransientIO as error:
+            raise BadVideo("storage", str(error)) from error
+        except OSError as error:
+            if error.errno in LOCAL_TROUBLE:  # a full disk is not the video's fault
+                raise
+            raise BadVideo("unreadable", f"cannot be opened: {error.strerror or error}") from error
+        if self._corpus.is_local and not _is_inside(self._corpus, path):
+            file.close()
+            raise BadVideo("outside-corpus", f"leads to a place outside of {self._corpus.name}/")
+        return file
+
+    def _add_cut(
+        self,
+        cut: Cut,
+        ref: VideoRef,
+        file: IO[bytes],
+        info: VideoInfo,
+        digest: Callable[[], str] | None,
+        has_spans: bool,
+    ) -> None:
+        def key_of(video_id: str) -> str:
+            key = f"{video_id}-{round(cut.planned.start_s * 1000):09d}"
+            # Spans of a manifest may begin together.
+            return f"{key}-{round(cut.planned.end_s * 1000):09d}" if has_spans else key
+
+        def describe(payload_digest: str) -> dict[str, Any]:
+            video_id = (digest() if digest else payload_digest)[:16]
+            key = key_of(video_id)
+            if key in self._keys:
+                raise BadVideo("duplicate", f"the same video as another of this shard: key {key} stands in it already")
+            self._keys.add(key)
+            return _row(key, video_id, ref, cut, info, self._settings.val_fraction)
+
+        key = ""
+        try:
+            if cut.filtered is not None or cut.error is not None:
+                key = key_of((digest() if digest else _hash(file))[:16])
+            if cut.error is not None:
+                raise cut.error
+            if cut.filtered is not None:
+                self.rejects.append(
+                    Reject(
+                        path=ref.path, key=key, stage="shard", outcome="filtered", reject_class=cut.filtered[0],
+                        reason=cut.filtered[1],
+                    )
+                )  # fmt: skip
+            else:
+                self._writer.add_file(cut.clip or file, cut.ext, describe)
+        except TransientIO as error:
+            self.rejects.append(_reject(ref, BadVideo("storage", str(error)), key))
         except BadVideo as bad:
-            return self._reject(bad, key)
-        row = {
-            "key": key,
-            "video_id": video_id,
-            "source": self._ref.path,
-            "start_s": span.start_s,
-            "end_s": span.end_s,
-            "num_frames": round(stored.duration_s * stored.fps),
-            "height": stored.height,
-            "width": stored.width,
-            "fps": stored.fps,
-            "codec": stored.codec,
-            "ext": ext,
-            "caption": self._ref.caption,
-            "label": self._ref.label,
-            "split": self._ref.split or draw_split(video_id, settings.val_fraction),
-        }
-        return row, ext, data
-
-    def _reject(self, bad: BadVideo, key: str = "") -> Reject:
-        return Reject(path=self._ref.path, key=key, stage="shard", reject_class=bad.reject_class, reason=bad.reason)
+            self.rejects.append(_reject(ref, bad, key))
 
 
-def _extension(info: VideoInfo) -> str:
-    first = info.container.split(",")[0]
-    return _EXTENSIONS.get(first, first)
+class _Previous:
+    """A committed shard whose good samples, and rejects that are not retried, go into the one that replaces it."""
+
+    def __init__(self, store: Store, shard: int) -> None:
+        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in read_shard_rows(store, shard):
+            self._rows[row["source"]].append(row)
+        self._rejects: dict[str, list[Reject]] = defaultdict(list)
+        if store.exists(rejects_name(shard)):
+            for record in pq.read_table(pa.BufferReader(store.read(rejects_name(shard)))).to_pylist():
+                self._rejects[record["path"]].append(Reject(**record))
+        self._tar = store.open(shard_name(shard))
+
+    def __enter__(self) -> _Previous:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tar.close()
+
+    def failed(self, path: str, classes: Collection[str]) -> bool:
+        """Whether a clip of the video is a reject of one of `classes`."""
+        return any(one.outcome == "rejected" and one.reject_class in classes for one in self._rejects[path])
+
+    def attempts(self, path: str) -> int:
+        return max((one.attempts for one in self._rejects[path]), default=0)
+
+    def take_over(self, path: str, writer: ShardWriter, rejects: list[Reject]) -> int:
+        """Copy what the shard holds of a video, and return the number of clips that it was planned as."""
+        rows = sorted(self._rows[path], key=lambda row: int(row["offset"]))
+        for row in rows:
+            writer.add_file(self._tar, row["ext"], functools.partial(_same, row), row["offset"], row["size"])
+        rejects += self._rejects[path]
+        return len(rows) + len(self._rejects[path])
+
+
+def _same(row: dict[str, Any], digest: str) -> dict[str, Any]:
+    if digest != row["sha256"]:
+        raise DatasetError(f"sample {row['key']} is damaged; run `tokenreel verify --repair` first")
+    return {name: value for name, value in row.items() if name not in _PLACED}
+
+
+_PLACED = ("shard", "offset", "size", "sha256", "json_offset", "json_size")
+
+
+def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_fraction: float) -> dict[str, Any]:
+    stored = cut.info
+    assert stored is not None
+    return {
+        "key": key,
+        "video_id": video_id,
+        "source": ref.path,
+        "start_s": cut.span.start_s,
+        "end_s": cut.span.end_s,
+        "num_frames": round(stored.duration_s * stored.fps),
+        "height": stored.height,
+        "width": stored.width,
+        "fps": stored.fps,
+        "codec": stored.codec,
+        "ext": cut.ext,
+        "source_codec": info.codec,
+        "source_container": info.container,
+        "caption": ref.caption,
+        "label": ref.label,
+        "split": ref.split or draw_split(video_id, val_fraction),
+        "extra": ref.extra,
+        # As exact as the index keeps them, so that the sample's JSON says the same number.
+        **{f"score_{name}": float(np.float32(cut.scores[name])) if cut.scores else None for name in SCORES},
+    }
+
+
+def _span(ref: VideoRef) -> ClipSpan:
+    assert ref.start_s is not None and ref.end_s is not None
+    return ClipSpan(start_s=ref.start_s, end_s=ref.end_s)
+
+
+def _reject(ref: VideoRef, bad: BadVideo, key: str) -> Reject:
+    return Reject(
+        path=ref.path, key=key, stage="shard", reject_class=bad.reject_class, reason=bad.reason, stderr=bad.stderr
+    )
+
+
+def _is_inside(corpus: Store, path: str) -> bool:
+    return os.path.realpath(corpus.path(path)).startswith(f"{os.path.realpath(corpus.path())}{os.sep}")
+
+
+def _hash(file: IO[bytes]) -> str:
+    """SHA-256 of an open file, in hex; leaves its position alone, so that ffmpeg can read it at the same time."""
+    hasher, offset = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(2**20))
+    while count := os.preadv(file.fileno(), [buffer], offset):
+        hasher.update(buffer[:count])
+        offset += count
+    return hasher.hexdigest()

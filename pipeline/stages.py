@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 
-from pipeline.dataset import DatasetMeta
-from pipeline.ledger import Ledger, OnShard
-from pipeline.schema import VideoRef
-from pipeline.sharding import ShardPlan, ShardSettings, write_clip_shard
-from pipeline.tokenizing import Decoded, Encode, TokenizeSettings, decode_clip, read_clip_rows, write_token_shard
+from pipeline.dataset import PLAN_NAME, DatasetMeta
+from pipeline.errors import TokenreelError
+from pipeline.plan_file import read_plan_shard
+from pipeline.sharding import ShardSettings, write_clip_shard
+from pipeline.shards import Written, read_shard_rows
+from pipeline.storage import Store
+from pipeline.tokenizing import Decoded, Encode, TokenizeSettings, decode_clip, write_token_shard
+
+OnShard = Callable[[Written], None]
+"""Told of each committed shard. An error that it raises ends the stage."""
 
 
 def run_shard(
-    plan: ShardPlan, out: Path, meta: DatasetMeta, settings: ShardSettings, todo: list[int], on_shard: OnShard
+    corpus: Store,
+    out: Store,
+    meta: DatasetMeta,
+    settings: ShardSettings,
+    todo: list[int],
+    retry: Collection[str],
+    on_shard: OnShard,
 ) -> None:
-    """Write the shards `todo` of `plan`, one Ray Data item each, on all CPUs of the cluster.
+    """Write the shards `todo`, one task each, on all CPUs of the cluster.
 
-    A killed worker's shard is done again by Ray; nothing of its first try can be seen.
+    A killed worker's shard is done again by Ray, on another node where its node is lost; nothing of its first try can
+    be seen. Twice as many tasks are queued as there are CPUs, so the driver's memory does not grow with the plan, and a
+    cluster that can grow sees that there is more to do.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the job shows its own, with reject counts
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would report that, and its execution plan, as news
-    items = [{"shard": shard, "refs": json.dumps([asdict(ref) for ref in plan.items[shard]])} for shard in todo]
+    arguments = ray.put((corpus, out, meta.fingerprint, settings, tuple(retry)))
+    waiting, running = deque(todo), set[ray.ObjectRef]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
+                running.add(_shard_task.remote(arguments, waiting.popleft()))
+            done = ray.wait(list(running))[0][0]
+            running.discard(done)
+            on_shard(_get(done))
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
 
-    def write(item: dict[str, Any]) -> dict[str, Any]:
-        refs = [VideoRef(**ref) for ref in json.loads(item["refs"])]
-        ledger = write_clip_shard(out, meta, item["shard"], plan_root, refs, settings)
-        return {"shard": item["shard"], "ledger": json.dumps(ledger.to_json())}
 
-    plan_root = plan.root  # so that the closure carries the folder's name, not the whole plan
-    # One block an item: a block is what Ray schedules, retries and reports.
-    for row in ray.data.from_items(items, override_num_blocks=len(items)).map(write, num_cpus=1).iter_rows():
-        on_shard(int(row["shard"]), Ledger.from_json(json.loads(row["ledger"])))
+def _get(task: ray.ObjectRef) -> Written:
+    """What a task returns. Its error is the one it raised, not Ray's picture of the worker's stack in place of a message."""
+    try:
+        written: Written = ray.get(task)
+        return written
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TokenreelError | OSError):
+            raise error.cause from error
+        raise
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def _shard_task(arguments: tuple[Store, Store, str, ShardSettings, tuple[str, ...]], shard: int) -> Written:
+    corpus, out, fingerprint, settings, retry = arguments
+    with out.open(PLAN_NAME) as plan:
+        refs = read_plan_shard(plan, shard)
+    return write_clip_shard(out, fingerprint, shard, corpus, refs, settings, retry)
 
 
 def run_tokenize(
-    clips: Path,
-    out: Path,
+    clips: Store,
+    out: Store,
     meta: DatasetMeta,
     settings: TokenizeSettings,
     make_encode: Callable[[], Encode],
@@ -67,19 +92,18 @@ def run_tokenize(
         encoder_class.remote(clips, out, meta, settings, make_encode) for _ in range(min(num_encoders, len(todo)))
     ]
     waiting = deque(todo)
-    running: dict[ray.ObjectRef, tuple[int, Any]] = {}
+    running: dict[ray.ObjectRef, Any] = {}
 
     def start_next(encoder: Any) -> None:
         if waiting:
-            shard = waiting.popleft()
-            running[encoder.write_shard.remote(shard)] = (shard, encoder)
+            running[encoder.write_shard.remote(waiting.popleft())] = encoder
 
     for encoder in [*encoders, *encoders]:
         start_next(encoder)
     while running:
         done = ray.wait(list(running))[0][0]
-        shard, encoder = running.pop(done)
-        on_shard(shard, Ledger.from_json(ray.get(done)))
+        encoder = running.pop(done)
+        on_shard(_get(done))
         start_next(encoder)
 
 
@@ -91,18 +115,17 @@ class _Encoder:
     """Owns a tokenizer and the shards it is asked to write."""
 
     def __init__(
-        self, clips: Path, out: Path, meta: DatasetMeta, settings: TokenizeSettings, make_encode: Callable[[], Encode]
+        self, clips: Store, out: Store, meta: DatasetMeta, settings: TokenizeSettings, make_encode: Callable[[], Encode]
     ) -> None:
         self._clips, self._out, self._meta, self._settings = clips, out, meta, settings
         self._encode = make_encode()
         self._device = threading.Lock()
 
-    def write_shard(self, shard: int) -> dict[str, Any]:
-        rows = read_clip_rows(self._clips, shard)
-        decoded = self._decode_ahead(rows)
+    def write_shard(self, shard: int) -> Written:
+        decoded = self._decode_ahead(read_shard_rows(self._clips, shard))
         return write_token_shard(
-            self._out, self._meta, shard, rows, decoded, self._encode_alone, self._settings
-        ).to_json()
+            self._clips, self._out, self._meta.fingerprint, shard, decoded, self._encode_alone, self._settings
+        )
 
     def _encode_alone(self, frames: np.ndarray) -> np.ndarray:
         with self._device:
@@ -119,5 +142,5 @@ class _Encoder:
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def _decode_task(clips: Path, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
+def _decode_task(clips: Store, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
     return decode_clip(clips, row, settings)

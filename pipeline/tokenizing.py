@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from pipeline.dataset import DatasetMeta, ShardWriter, read_payload
+from pipeline.dataset import DatasetMeta
 from pipeline.decode import FrameConfig, decode_frames, open_bytes
-from pipeline.errors import BadVideo, ConfigError, DatasetError
+from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.ledger import Ledger
-from pipeline.schema import Reject, fingerprint
+from pipeline.quality import QualityThresholds, failed_threshold
+from pipeline.schema import SCORES, Reject, fingerprint
+from pipeline.shards import ShardWriter, Written, read_payload, read_shard_info, read_shard_rows
+from pipeline.storage import LOCAL_TROUBLE, Store
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """Frames uint8 (b h w c) to codes uint16 (b h w); the caller of this package brings it."""
@@ -30,9 +31,15 @@ class TokenizeSettings:
     frames: FrameConfig = field(default_factory=FrameConfig)
     batch_frames: int = 32
     """Frames that are encoded together; part of the identity, because rounding may depend on it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the encoder's large convolutions multiply in; `tokenreel bench tokenize` says what it costs and saves."""
+    keep: QualityThresholds = field(default_factory=QualityThresholds)
+    """Clips whose scores are beyond these are filtered, not tokenized."""
     limits: FfmpegLimits = field(default_factory=FfmpegLimits)
 
     def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"precision = {self.precision!r}: allowed are fp32, bf16, fp16")
         if self.batch_frames < 1:
             raise ConfigError(f"batch_frames = {self.batch_frames}: must be 1 or more")
 
@@ -43,7 +50,7 @@ def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[
     Args:
         tokenizer: plain JSON with its `fingerprint`, `codebook_size` and `patch`.
     """
-    config = {**config, "tokenizer": tokenizer["fingerprint"]}
+    config = {**{k: v for k, v in config.items() if k != "limits"}, "tokenizer": tokenizer["fingerprint"]}
     return DatasetMeta(
         kind="tokens",
         fingerprint=fingerprint(kind="tokens", parent=clips.fingerprint, config=config),
@@ -55,41 +62,54 @@ def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[
     )
 
 
-def read_clip_rows(clips: Path, shard: int) -> list[dict[str, Any]]:
-    """Index rows of one clip shard, with their shard number."""
-    table = pq.read_table(clips / "index" / f"{shard:06d}.parquet")
-    return [{**row, "shard": shard} for row in table.to_pylist()]
-
-
-def decode_clip(clips: Path, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
+def decode_clip(clips: Store, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
     """Frames uint8 (t h w c) of one clip, or the reject that it becomes."""
+    scores = {name: math.nan if row[f"score_{name}"] is None else row[f"score_{name}"] for name in SCORES}
+    if (failed := failed_threshold(scores, settings.keep)) is not None:
+        return Reject(
+            path=row["source"],
+            key=row["key"],
+            stage="tokenize",
+            outcome="filtered",
+            reject_class=failed[0],
+            reason=failed[1],
+        )
     try:
         data = read_payload(clips, row)
         with open_bytes(data) as file:
             return decode_frames(file, row["end_s"] - row["start_s"], settings.frames, settings.limits)
     except BadVideo as bad:
-        reject_class, reason = bad.reject_class, bad.reason
-    except (DatasetError, OSError) as error:
-        reject_class, reason = "corrupt", str(error)
-    return Reject(path=row["source"], key=row["key"], stage="tokenize", reject_class=reject_class, reason=reason)
+        reject_class, reason, stderr = bad.reject_class, bad.reason, bad.stderr
+    except TransientIO as error:
+        reject_class, reason, stderr = "storage", str(error), ""
+    except DatasetError as error:
+        reject_class, reason, stderr = "corrupt", str(error), ""
+    except OSError as error:
+        if error.errno in LOCAL_TROUBLE:  # a full disk is not the clip's fault
+            raise
+        reject_class, reason, stderr = "unreadable", str(error), ""
+    return Reject(
+        path=row["source"], key=row["key"], stage="tokenize", reject_class=reject_class, reason=reason, stderr=stderr
+    )
 
 
 def write_token_shard(
-    out: Path,
-    meta: DatasetMeta,
+    clips: Store,
+    out: Store,
+    dataset_fingerprint: str,
     shard: int,
-    rows: list[dict[str, Any]],
     decoded: Iterable[Decoded],
     encode: Encode,
     settings: TokenizeSettings,
-) -> Ledger:
+) -> Written:
     """Encode the clips of one shard and commit their tokens.
 
     Args:
-        rows: index rows of the clips.
-        decoded: `decode_clip` of each row, in the order of `rows`.
+        decoded: `decode_clip` of each row of the clip shard, in the order of its index.
     """
-    writer = ShardWriter(out, meta, shard)
+    parent, rows = read_shard_info(clips, shard), read_shard_rows(clips, shard)
+    assert parent is not None
+    writer = ShardWriter(out, "tokens", dataset_fingerprint, shard)
     rejects: list[Reject] = []
 
     def frames_of_good_clips() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -103,7 +123,8 @@ def write_token_shard(
         for row, codes in encode_clips(frames_of_good_clips(), encode, settings.batch_frames):
             member, header_bytes = _npy(codes)
             writer.add(_token_row(row, codes, settings), "tokens.npy", member, header_bytes)
-        return writer.commit(len(rows), rejects)
+        read_bytes = sum(row["size"] for row in rows)
+        return Written(writer.commit(len(rows), rejects, parent_content=parent.content), read_bytes)
     finally:
         writer.abort()
 
@@ -146,9 +167,9 @@ def encode_clips(
 
 
 def _token_row(row: dict[str, Any], codes: np.ndarray, settings: TokenizeSettings) -> dict[str, Any]:
-    same = ("key", "video_id", "source", "start_s", "end_s", "caption", "label", "split")
+    same = ("key", "video_id", "source", "start_s", "end_s", "caption", "label", "split", "extra")
     return {
-        **{name: row[name] for name in same},
+        **{name: row[name] for name in (*same, *(f"score_{score}" for score in SCORES))},
         "num_frames": codes.shape[0],
         "height": codes.shape[1],
         "width": codes.shape[2],

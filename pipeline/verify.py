@@ -2,112 +2,255 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import tarfile
+from array import array
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.dataset import DatasetMeta, read_meta, read_payload, read_rejects, sample_info, shard_info, shard_path
-from pipeline.errors import DatasetError
+from pipeline.dataset import PLAN_REJECTS, DatasetMeta, Place, listed_shards, read_meta, read_rejects_file
+from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
 from pipeline.ledger import Ledger
+from pipeline.shards import (
+    ShardInfo,
+    index_name,
+    read_shard_info,
+    read_shard_rows,
+    rejects_name,
+    sample_info,
+    shard_name,
+    tar_end_bytes,
+    tar_header,
+)
+from pipeline.storage import CHUNK_BYTES, LOCAL_TROUBLE, Store
+
+# What reading a file can raise in which any byte may be wrong.
+_DAMAGE = (
+    TokenreelError, pa.ArrowException, OSError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Yield one line for every problem: bytes, index, books, splits, duplicates, foreign or half-written files."""
-    meta = read_meta(folder)
-    shards: dict[int, Ledger] = {}
-    keys: dict[str, int] = {}
-    splits: dict[str, str] = {}
-    index_files = sorted((folder / "index").glob("[0-9]*.parquet"))
-    for path in index_files:
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One line for a person, and the shard that making it again would heal; None where that would not help."""
+
+    text: str
+    shard: int | None = None
+
+
+def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
+    """Yield every problem: bytes, index, books, splits, duplicates, stale, foreign or half-written files.
+
+    Storage that cannot be reached is no problem of the dataset: its errors (`TransientIO`, `PermissionError`) are raised.
+
+    Args:
+        parent: the clip dataset that a token dataset was made from; its shards tell which token shards are stale.
+    """
+    store = Store.at(place)
+    meta = read_meta(store)
+    seen = _Seen()
+    books = Ledger()
+    numbers = listed_shards(store)
+    for shard in numbers:
         try:
-            info = shard_info(path)
-        except DatasetError as error:
-            yield str(error)
-            continue
-        shard = int(path.stem)
-        shards[shard] = Ledger.from_json(info)
-        if info["fingerprint"] != meta.fingerprint:
-            yield f"{path}: belongs to dataset {info['fingerprint']}, not to {meta.fingerprint}"
-        yield from _verify_shard(folder, path, info, keys, splits)
-    yield from (f"{folder}: shard {s:06d} is missing" for s in sorted(set(range(meta.num_shards)) - set(shards)))
-    indexed = {f"{s:06d}.tar" for s in shards}
-    for path in sorted((folder / "shards").iterdir()):
-        if path.name not in indexed:
-            yield f"{path}: no index counts it (left by a broken-off job, or foreign); readers ignore it"
-    yield from _verify_books(folder, meta, shards)
+            info = read_shard_info(store, shard)
+            assert info is not None
+            books += info.ledger
+            if info.fingerprint != meta.fingerprint:
+                yield Problem(
+                    f"{store.where(index_name(shard))}: foreign, of dataset {info.fingerprint}, not {meta.fingerprint}",
+                    shard,
+                )
+            yield from _verify_parent(store, shard, info, parent)
+            for text in _verify_shard(store, shard, info, seen):
+                yield Problem(text, shard)
+        except _DAMAGE as error:
+            _raise_unless_damage(error)
+            yield Problem(f"{store}: shard {shard:06d} cannot be read: {error}", shard)
+    for shard in sorted(set(range(meta.num_shards)) - set(numbers)):
+        yield Problem(f"{store}: shard {shard:06d} is missing", shard)
+    for shard in sorted(set(numbers) - set(range(meta.num_shards))):
+        yield Problem(f"{store}: shard {shard:06d} is foreign, the plan has {meta.num_shards} shards", shard)
+    indexed = {name(shard) for shard in numbers for name in (shard_name, rejects_name)} | {PLAN_REJECTS}
+    for entry in (*store.list("shards"), *store.list("rejects")):
+        if entry.name not in indexed:
+            yield Problem(f"{store.where(entry.name)}: no index counts it (broken off, or foreign); delete it")
+    yield from (Problem(f"{store}: {text}") for text in seen.clashes())
+    yield from (Problem(text) for text in _verify_books(store, meta, books))
 
 
-def _verify_shard(
-    folder: Path, index_path: Path, info: dict[str, Any], keys: dict[str, int], splits: dict[str, str]
-) -> Iterator[str]:
-    shard = int(index_path.stem)
-    tar_path = shard_path(folder, shard)
-    if not tar_path.exists():
-        yield f"{tar_path}: missing, though {index_path.name} counts it"
+@dataclass(slots=True)
+class _Seen:
+    """Videos and where they stand: 17 bytes each, so that a corpus of any size fits."""
+
+    video_ids: array[int] = field(default_factory=lambda: array("Q"))
+    shards: array[int] = field(default_factory=lambda: array("l"))
+    is_val: array[int] = field(default_factory=lambda: array("b"))
+
+    def add(self, shard: int, video_id: str, split: str) -> None:
+        self.video_ids.append(int(video_id, 16))
+        self.shards.append(shard)
+        self.is_val.append(split == "val")
+
+    def clashes(self) -> Iterator[str]:
+        """Videos in two shards, or in both splits."""
+        ids, shards, is_val = (
+            np.frombuffer(column, column.typecode) for column in (self.video_ids, self.shards, self.is_val)
+        )
+        order = np.lexsort((shards, ids))
+        ids, shards, is_val = ids[order], shards[order], is_val[order]
+        same = ids[1:] == ids[:-1]
+        for row in np.flatnonzero(same & (shards[1:] != shards[:-1])):
+            yield f"video {ids[row]:016x} stands in shard {shards[row]:06d} and in {shards[row + 1]:06d}: a duplicate"
+        for row in np.flatnonzero(same & (is_val[1:] != is_val[:-1])):
+            yield f"video {ids[row]:016x} stands in both splits"
+
+
+def _raise_unless_damage(error: BaseException) -> None:
+    """A storage that cannot be reached says nothing about what is in it, and a repair would delete good shards."""
+    if isinstance(error, TransientIO | PermissionError | MemoryError) or (
+        isinstance(error, OSError) and error.errno in LOCAL_TROUBLE
+    ):
+        raise error
+
+
+def _verify_parent(store: Store, shard: int, info: ShardInfo, parent: Place | None) -> Iterator[Problem]:
+    if parent is None:
         return
-    if tar_path.stat().st_size != info["tar_bytes"]:
-        yield f"{tar_path}: {tar_path.stat().st_size} bytes; {info['tar_bytes']} were committed"
     try:
-        rows = pq.read_table(index_path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield f"{index_path}: cannot be read: {error}"
+        theirs = read_shard_info(Store.at(parent), shard)
+    except DatasetError as error:
+        yield Problem(str(error))
         return
-    if len(rows) != info["committed"]:
-        yield f"{index_path}: {len(rows)} rows; its books say {info['committed']}"
-    for row in rows:
-        if row["key"] in keys:
-            yield f"{tar_path}: key {row['key']} stands in shard {keys[row['key']]:06d} too"
-        keys[row["key"]] = shard
-        if splits.setdefault(row["video_id"], row["split"]) != row["split"]:
-            yield f"{tar_path}: video {row['video_id']} stands in both splits"
-        try:
-            read_payload(folder, {**row, "shard": shard})
-            _check_json(tar_path, row)
-        except (DatasetError, OSError) as error:
-            yield str(error)
-    try:
-        with tarfile.open(tar_path) as tar:
-            names = {member.name.partition(".")[0] for member in tar}
-    except tarfile.TarError as error:
-        yield f"{tar_path}: not a readable tar: {error}"
-        return
-    if names != {row["key"] for row in rows}:
-        yield f"{tar_path}: its members are not the samples of its index"
+    if theirs is None or theirs.content != info.parent_content:
+        yield Problem(f"{store}: shard {shard:06d} is stale, {parent} has other clips in its place now", shard)
 
 
-def _check_json(tar_path: Path, row: dict[str, Any]) -> None:
-    with tar_path.open("rb") as file:
-        data = os.pread(file.fileno(), row["json_size"], row["json_offset"])
+def _verify_shard(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Iterator[str]:
+    where, index = store.where(shard_name(shard)), store.where(index_name(shard))
+    yield from _verify_rejects(store, shard, info)
+    entry = store.stat(shard_name(shard))
+    if entry is None:
+        yield f"{where}: missing, though its index counts it"
+        return
+    if entry.size_bytes != info.tar_bytes:
+        yield f"{where}: {entry.size_bytes} bytes; {info.tar_bytes} were committed"
+    rows = read_shard_rows(store, shard)
+    if len(rows) != info.ledger.committed:
+        yield f"{index}: {len(rows)} rows; its books say {info.ledger.committed}"
+    if [row["key"] for row in rows] != sorted({row["key"] for row in rows}):
+        yield f"{index}: keys stand twice or out of order"
+    for video_id, split in {(row["video_id"], row["split"]) for row in rows}:
+        seen.add(shard, video_id, split)
+    with store.open(shard_name(shard)) as tar:
+        for row in rows:
+            if _hash_range(tar, row["offset"], row["size"]) != row["sha256"]:
+                yield f"{where}: the bytes of sample {row['key']} are not the ones that were committed"
+            if not _says(tar, row):
+                yield f"{where}: the JSON of sample {row['key']} does not say what its index says"
+        yield from (f"{where}: {text}" for text in _verify_layout(tar, rows))
+
+
+def _verify_rejects(store: Store, shard: int, info: ShardInfo) -> Iterator[str]:
+    name, found = rejects_name(shard), Ledger(planned=info.ledger.planned, committed=info.ledger.committed)
     try:
-        same = json.loads(data) == sample_info(row)
+        found.add_rejects(read_rejects_file(store, name))
+    except FileNotFoundError:
+        pass
+    except _DAMAGE as error:
+        _raise_unless_damage(error)
+        yield f"{store.where(name)}: cannot be read: {error}"
+        return
+    if found != info.ledger:
+        yield f"{store.where(name)}: the index says {info.ledger.to_json()}, its rows say {found.to_json()}"
+
+
+def _verify_layout(tar: IO[bytes], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What no hash covers, the bytes between the payloads, against the ones that a writer of these rows writes."""
+    position = 0
+    for row in sorted(rows, key=lambda row: int(row["offset"])):
+        ext, lead = (row["ext"], b"") if "ext" in row else ("tokens.npy", _npy_header(row))
+        members = ((ext, lead, row["offset"], row["size"]), ("json", b"", row["json_offset"], row["json_size"]))
+        for suffix, lead, offset, size in members:
+            before = tar_header(f"{row['key']}.{suffix}", len(lead) + size) + lead
+            if offset != position + len(before):
+                yield "its members are not the samples of its index"
+                return
+            padding = -(len(lead) + size) % tarfile.BLOCKSIZE
+            if os.pread(tar.fileno(), len(before), position) != before:
+                yield f"the header of {row['key']}.{suffix} is not the one that was committed"
+            if os.pread(tar.fileno(), padding, offset + size).strip(b"\0"):
+                yield f"there is something behind {row['key']}.{suffix}"
+            position = offset + size + padding
+    if os.pread(tar.fileno(), 2**20, position) != bytes(tar_end_bytes(position)):
+        yield "its end is not the one that was committed"
+
+
+def _npy_header(row: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    shape = (row["num_frames"], row["height"], row["width"])
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _hash_range(file: IO[bytes], offset: int, size: int) -> str:
+    hasher = hashlib.sha256()
+    while size > 0 and (chunk := os.pread(file.fileno(), min(CHUNK_BYTES, size), offset)):
+        hasher.update(chunk)
+        offset, size = offset + len(chunk), size - len(chunk)
+    return hasher.hexdigest()
+
+
+def _says(tar: IO[bytes], row: dict[str, Any]) -> bool:
+    known = {name: value for name, value in row.items() if name != "shard"}
+    try:
+        return bool(json.loads(os.pread(tar.fileno(), row["json_size"], row["json_offset"])) == sample_info(known))
     except ValueError:
-        same = False
-    if not same:
-        raise DatasetError(f"{tar_path}: the JSON of sample {row['key']} does not say what its index says")
+        return False
 
 
-def _verify_books(folder: Path, meta: DatasetMeta, shards: dict[int, Ledger]) -> Iterator[str]:
-    try:
-        rejects = read_rejects(folder)
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        yield f"{folder / 'rejects'}: cannot be read: {error}"
-        return
-    found = Ledger()
-    found.add_rejects(rejects)
+def _verify_books(store: Store, meta: DatasetMeta, shards: Ledger) -> Iterator[str]:
     if meta.totals is None:
-        yield f"{folder}: unfinished; run the command that writes it again"
+        yield f"{store}: unfinished; run the command that writes it again"
         return
-    books = Ledger.from_json(meta.totals)
-    found.planned, found.committed = books.planned, sum(ledger.committed for ledger in shards.values())
+    refused = Ledger()
+    try:
+        if store.exists(PLAN_REJECTS):
+            refused.add_rejects(read_rejects_file(store, PLAN_REJECTS))
+    except _DAMAGE as error:
+        _raise_unless_damage(error)
+        yield f"{store.where(PLAN_REJECTS)}: cannot be read: {error}"
+        return
+    refused.planned = refused.rejected.total() + refused.filtered.total()
+    found, books = shards + refused, Ledger.from_json(meta.totals)
     if found != books:
-        yield f"{folder}: dataset.json says {books.to_json()}, the files say {found.to_json()}"
+        yield f"{store}: dataset.json says {books.to_json()}, the files say {found.to_json()}"
     try:
         books.check()
     except DatasetError as error:
-        yield f"{folder}: {error}"
+        yield f"{store}: {error}"
+
+
+def repair(place: Place, problems: list[Problem]) -> list[int]:
+    """Drop the shards that `problems` name, so that the job that wrote the dataset makes them again; their numbers.
+
+    Raises:
+        ConfigError: a problem is no shard's, and would stay.
+    """
+    store = Store.at(place)
+    shards = sorted({problem.shard for problem in problems if problem.shard is not None})
+    if not shards:
+        raise ConfigError(f"{store}: no shard is at fault, so there is none to make again; see the problems above")
+    for shard in shards:
+        store.remove(index_name(shard))  # first, so that the shard no longer counts
+        store.remove(shard_name(shard))
+        store.remove(rejects_name(shard))
+    return shards

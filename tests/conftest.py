@@ -15,6 +15,8 @@ from tests.corpora import real_clips
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.json anew instead of comparing")
+    parser.addoption("--fault-seed", type=int, default=0, help="of the first run of each kind in tests/faults")
+    parser.addoption("--fault-runs", type=int, default=0, help="kill runs in tests/faults; 0: a quick share")
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +32,7 @@ def cluster(mlflow_uri: str) -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
     if before is None:
@@ -91,8 +93,8 @@ def stages(cluster: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 def small_shard_config(corpus: Path, out: Path):
     from jobs.shard import ShardConfig
     from pipeline.clips import ClipConfig
-    from pipeline.decode import TranscodeConfig
     from pipeline.sharding import ShardSettings
+    from pipeline.transcode import TranscodeConfig
 
     settings = ShardSettings(
         clips=ClipConfig(mode="window", window_s=4.0, min_s=1.0),
@@ -101,7 +103,7 @@ def small_shard_config(corpus: Path, out: Path):
         videos_per_shard=1,
         val_fraction=0.3,
     )
-    return ShardConfig(corpus=corpus, out=out, settings=settings)
+    return ShardConfig(corpus=str(corpus), out=str(out), settings=settings)
 
 
 def small_tokenizer_config(clips: Path, out: Path):
@@ -129,7 +131,7 @@ def small_tokenize_config(clips: Path, out: Path, tokenizer: Path):
     from pipeline.tokenizing import TokenizeSettings
 
     settings = TokenizeSettings(frames=FrameConfig(fps=4.0, size_px=64))
-    return TokenizeConfig(clips=clips, out=out, tokenizer=tokenizer, settings=settings)
+    return TokenizeConfig(clips=str(clips), out=str(out), tokenizer=tokenizer, settings=settings)
 
 
 def small_pretrain_config(tokens: Path, out: Path):

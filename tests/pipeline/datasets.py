@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset import DatasetMeta, ShardWriter, create_or_resume, finish
+from pipeline.dataset import DatasetMeta, create_or_resume, finish
+from pipeline.ledger import Ledger
+from pipeline.schema import SCORES, VideoRef
+from pipeline.sharding import ShardSettings, write_clip_shard
+from pipeline.shards import ShardWriter
+from pipeline.storage import Store
 
 GRID = (2, 3)
 PAD = 60_000
@@ -29,7 +34,7 @@ def describe(kind: str = "tokens", num_shards: int = 1, **changes: Any) -> Datas
 
 
 def make_row(key: str, num_frames: int = 3, **changes: Any) -> dict[str, Any]:
-    """An index row of a token dataset."""
+    """An index row of a token dataset; the key begins with the video's id, hex digits."""
     row = {
         "key": key,
         "video_id": key.partition("-")[0],
@@ -43,6 +48,8 @@ def make_row(key: str, num_frames: int = 3, **changes: Any) -> dict[str, Any]:
         "caption": None,
         "label": None,
         "split": "train",
+        "extra": None,
+        **{f"score_{name}": None for name in SCORES},
         "clip_sha256": "c" * 64,
     }
     return {**row, **changes}
@@ -62,6 +69,11 @@ def add_codes(writer: ShardWriter, row: dict[str, Any], codes: np.ndarray) -> No
     writer.add(row, "tokens.npy", buffer.getvalue(), buffer.tell() - codes.nbytes)
 
 
+def open_writer(place: Store | Path | str, shard: int = 0, kind: str = "tokens") -> ShardWriter:
+    """A writer of a shard of the dataset that `describe` describes."""
+    return ShardWriter(Store.at(place), kind, "f" * 32, shard)
+
+
 def make_token_dataset(
     folder: Path, shards: Sequence[Sequence[int]], *, splits: Sequence[str] = (), **meta: Any
 ) -> Path:
@@ -69,11 +81,22 @@ def make_token_dataset(
     described = create_or_resume(folder, describe(num_shards=len(shards), **meta))
     sample = 0
     for shard, lengths in enumerate(shards):
-        writer = ShardWriter(folder, described, shard)
+        writer = ShardWriter(Store.at(folder), "tokens", described.fingerprint, shard)
         for num_frames in lengths:
             split = splits[sample] if splits else "train"
             add_codes(writer, make_row(f"{sample:05d}", num_frames, split=split), make_codes(sample, num_frames))
             sample += 1
         writer.commit(len(lengths), [])
-    finish(folder, described, [])
+    finish(folder, described, Ledger())
+    return folder
+
+
+def make_clip_dataset(corpus: Path, folder: Path, shards: Sequence[Sequence[VideoRef | str]]) -> Path:
+    """A finished clip dataset that holds the videos `shards[i]` of `corpus` in shard i, as they are."""
+    meta = create_or_resume(folder, describe("clips", len(shards), fingerprint="a" * 32, parent_fingerprint=""))
+    settings = ShardSettings()
+    for shard, videos in enumerate(shards):
+        refs = [VideoRef(path=video) if isinstance(video, str) else video for video in videos]
+        write_clip_shard(Store.at(folder), meta.fingerprint, shard, Store.at(corpus), refs, settings)
+    finish(folder, meta, Ledger())
     return folder

