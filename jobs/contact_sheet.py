@@ -48,12 +48,31 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Histogram:
+    """Counts of values between n + 1 ascending edges; `unit` stands behind the edges."""
+
+    edges: Sequence[float]
+    counts: Sequence[int]
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Texts in columns."""
+
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A heading, one sentence that says what to look for, and rows."""
+    """A heading, one sentence that says what to look for, and what there is to see."""
 
     heading: str
     note: str
-    rows: Sequence[Row]
+    rows: Sequence[Row] = ()
+    histogram: Histogram | None = None
+    table: Table | None = None
 
 
 def write_contact_sheet(
@@ -154,8 +173,34 @@ def save_png_grid(path: Path, rows_of_strips: Sequence[Sequence[np.ndarray]], la
 
 
 def _render_section(section: Section, max_frames: int) -> str:
-    rows = "".join(_render_row(row, max_frames) for row in section.rows)
-    return f"<section><h2>{_escape(section.heading)}</h2><p>{_escape(section.note)}</p>{rows}</section>"
+    parts = [
+        _render_histogram(section.histogram) if section.histogram else "",
+        _render_table(section.table) if section.table else "",
+        *(_render_row(row, max_frames) for row in section.rows),
+    ]
+    return f"<section><h2>{_escape(section.heading)}</h2><p>{_escape(section.note)}</p>{''.join(parts)}</section>"
+
+
+def _render_histogram(histogram: Histogram) -> str:
+    highest, width = max(1, *histogram.counts), 100 / len(histogram.counts)
+    bars = "".join(
+        f'<rect x="{place * width:.3f}" y="{100 - 100 * count / highest:.3f}" width="{width * 0.94:.3f}" '
+        f'height="{100 * count / highest:.3f}"><title>{low:.4g} to {high:.4g}: {count}</title></rect>'
+        for place, (count, low, high) in enumerate(
+            zip(histogram.counts, histogram.edges[:-1], histogram.edges[1:], strict=True)
+        )
+    )
+    ends = [f"{edge:.4g} {_escape(histogram.unit)}" for edge in (histogram.edges[0], histogram.edges[-1])]
+    return (
+        f'<div class="histogram"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img">{bars}</svg>'
+        f"<div><span>{ends[0]}</span><span>at most {highest:,} in a bar</span><span>{ends[1]}</span></div></div>"
+    )
+
+
+def _render_table(table: Table) -> str:
+    head = "".join(f"<th>{_escape(name)}</th>" for name in table.columns)
+    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _render_row(row: Row, max_frames: int) -> str:
@@ -248,6 +293,13 @@ figcaption{font-weight:550;font-size:14px;margin-bottom:10px}
 transparent 0 calc(100%/var(--n) - 2px),var(--card) calc(100%/var(--n) - 2px) calc(100%/var(--n)))}
 .original{--role:var(--original)}.reconstruction{--role:var(--reconstruction)}
 .masked{--role:var(--masked)}.predicted{--role:var(--predicted)}
+.histogram{max-width:760px}.histogram svg{display:block;width:100%;height:120px;fill:var(--reconstruction);
+border-bottom:1px solid var(--line)}
+.histogram div{display:flex;justify-content:space-between;font-size:12px;color:var(--dim);font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;font-size:13.5px;width:100%}
+th{text-align:left;color:var(--dim);font-weight:500}
+th,td:not(:last-child){white-space:nowrap}
+th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
 @media(max-width:760px){body{padding:24px 16px 48px}
 .strip{grid-template-columns:1fr;gap:4px}.strip+.strip{margin-top:12px}}
 @media print{figure{break-inside:avoid}}
