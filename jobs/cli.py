@@ -47,6 +47,23 @@ _JOBS = {
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
+    "inspect": _Job(
+        module="jobs.inspect", config="InspectConfig", summary="a page about a dataset: scores, frames, rejects"
+    ),
+    "bench plan": _Job(
+        module="jobs.bench.plan", config="BenchPlanConfig", summary="plan a manifest of 10 million rows"
+    ),
+    "bench shard": _Job(
+        module="jobs.bench.shard", config="BenchShardConfig", summary="sharding against copying and bare ffmpeg"
+    ),
+    "bench tokenize": _Job(
+        module="jobs.bench.tokenize",
+        config="BenchTokenizeConfig",
+        summary="encoding by precision and resolution, and the codes it changes",
+    ),
+    "bench decode": _Job(
+        module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
 
@@ -63,19 +80,19 @@ def run(argv: list[str]) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    name = argv[0] if argv else "--help"
+    name, rest = _take_name(argv)
     if name in ("-h", "--help"):
         print(_usage())
         return 0
     try:
         if name not in _JOBS:
             raise ConfigError(f"no job {name!r}; allowed: {', '.join(_JOBS)}. See tokenreel --help")
-        result = _run_job(name, argv[1:])
+        result = _run_job(name, rest)
     except SystemExit:  # --help
         return 0
     except ConfigError as error:
         result = _failure(name, "usage", str(error))
-    except TokenreelError as error:
+    except (TokenreelError, FileNotFoundError, PermissionError) as error:
         result = _failure(name, "failed", str(error))
     except KeyboardInterrupt:
         result = _failure(name, "failed", "interrupted; run the same command again to resume")
@@ -88,6 +105,12 @@ def run(argv: list[str]) -> int:
     sys.stderr.flush()
     print(result.to_json(), flush=True)
     return result.exit_code
+
+
+def _take_name(argv: list[str]) -> tuple[str, list[str]]:
+    """The job's name, which may be two words (bench plan), and what stands behind it."""
+    words = 2 if argv[:1] == ["bench"] else 1
+    return " ".join(argv[:words]) or "--help", argv[words:]
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:
