@@ -316,8 +316,13 @@ class TestDataset:
     def out(self, server: ObjectServer, bucket: str) -> Store:
         return Store.at(server.url(f"{bucket}/tokens"))
 
-    def test_a_dataset(self, server: ObjectServer, bucket: str, out: Store, tmp_path: Path) -> None:
+    def test_a_dataset(
+        self, server: ObjectServer, bucket: str, out: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The same bytes as on a disk, under the same names."""
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(scratch))
         stores: list[Store] = [out, Store.at(tmp_path / "tokens")]
         for store in stores:
             meta = create_or_resume(store, describe(num_shards=2))
@@ -337,7 +342,7 @@ class TestDataset:
             if path.is_file()
         }
         assert server.objects(bucket) == local
-        assert not list(Path(tempfile.gettempdir()).glob("tokenreel-*.000000.tar"))
+        assert not list(scratch.iterdir())
 
     def test_the_index_comes_last(self, server: ObjectServer, out: Store) -> None:
         create_or_resume(out, describe())
