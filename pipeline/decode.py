@@ -79,7 +79,8 @@ def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) 
 
     Finds files that were cut off, or whose data is not what the header says, not single frames that are damaged: for that
     all would have to be decoded, which scoring and transcoding do. A duration overstated by less than a
-    tenth, which is common, passes. Costs a seek: the keyframe there is decoded, and the packets after it are listed.
+    tenth, which is common, passes. Costs nothing where the probe has decoded a keyframe that late, else a seek: the keyframe there is decoded, and the
+    packets after it are listed.
     Only a file that fails this (some codecs cannot start between keyframes that their container does not mark) is
     decoded from its start.
 
@@ -87,6 +88,8 @@ def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) 
         BadVideo: `corrupt`, or a limit was exceeded.
     """
     start_s = least_reach(info)
+    if info.decoded_at_s >= start_s:
+        return
     try:
         if _reaches(source, info, start_s, limits):
             return

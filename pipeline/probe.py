@@ -13,6 +13,8 @@ from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.packets import measure_duration
 
+_LAST_PACKETS = 16
+"""Of all streams, read from the last keyframe on: sound may stand before the picture."""
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
 
 
@@ -28,6 +30,8 @@ class VideoInfo:
     duration_s: float
     audio_codec: str = ""
     """Of the first audio stream; "" without one."""
+    decoded_at_s: float = -1.0
+    """Time of the last keyframe, where a seek to the end found one and it could be decoded; -1 where not."""
 
 
 def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
@@ -38,36 +42,52 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
     """
     if not source.seek(0, 2):
         raise BadVideo("empty", "the file has 0 bytes")
-    try:
-        output = ffmpeg.run(_command(source, limits), source, limits, _MAX_PROBE_OUTPUT_BYTES)
-    except BadVideo as bad:
-        if bad.reject_class == "corrupt":
-            raise BadVideo("not-video", f"no supported container: {bad.reason}", bad.stderr) from None
-        raise
-    report = json.loads(output)
+    report = _report(source, limits)
     streams = report.get("streams", [])
     videos = [s for s in _of_type(streams, "video") if not s.get("disposition", {}).get("attached_pic")]
     if not videos:
         raise BadVideo("no-video-stream", f"container {_container(report)} holds no video stream")
     audio = next((str(s.get("codec_name", "unknown")) for s in _of_type(streams, "audio")), "")
-    info = replace(_info(report, videos[0]), audio_codec=audio)
+    info = replace(_info(report, videos[0]), audio_codec=audio, decoded_at_s=_decoded_at(report, videos[0]))
     # A live recording says nothing, and a container alone speaks for its sound too, which may last longer.
     if not _own_duration(videos[0]) and (audio or not info.duration_s):
         info = replace(info, duration_s=measure_duration(source, limits))
     return _check(info, limits)
 
 
-def _command(source: IO[bytes], limits: FfmpegLimits) -> list[str]:
+def _report(source: IO[bytes], limits: FfmpegLimits) -> dict[str, Any]:
+    """What ffprobe says of the file and of its end; of the file alone, where a seek to its end fails."""
+    # Beyond every end, so that the last keyframe comes: one process says what the file is, and that it is all there.
+    end = [
+        "-read_intervals",
+        f"99999999%+#{_LAST_PACKETS}",
+        "-show_frames",
+        "-show_entries",
+        "frame=stream_index,pts_time",
+    ]
+    for options in (end, []):
+        try:
+            output = ffmpeg.run(_command(source, limits, options), source, limits, _MAX_PROBE_OUTPUT_BYTES)
+            report: dict[str, Any] = json.loads(output)
+            return report
+        except BadVideo as bad:
+            if bad.reject_class != "corrupt":
+                raise
+            error = bad
+    raise BadVideo("not-video", f"no supported container: {error.reason}", error.stderr)
+
+
+def _command(source: IO[bytes], limits: FfmpegLimits, options: list[str]) -> list[str]:
     # ffmpeg-python's own probe() can neither pass a descriptor nor bound its time, hence the plain list.
     # No max_pixels here: the probe decodes next to nothing, and it shall report the size that is then refused by name.
-    options = [
+    limited = [
         word
         for name, value in ffmpeg.input_options(limits).items()
         if name != "max_pixels"
         for word in (f"-{name}", str(value))
     ]
-    show = ["-show_format", "-show_streams", "-of", "json"]
-    return ["ffprobe", "-v", "error", *options, *show, ffmpeg.source_url(source)]
+    show = ["-show_format", "-show_streams", *options, "-of", "json"]
+    return ["ffprobe", "-v", "error", *limited, *show, ffmpeg.source_url(source)]
 
 
 def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
@@ -87,6 +107,12 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
         fps=fps,
         duration_s=duration_s,
     )
+
+
+def _decoded_at(report: dict[str, Any], stream: dict[str, Any]) -> float:
+    frames = [frame for frame in report.get("frames", []) if frame.get("stream_index") == stream.get("index")]
+    times_s = [_number(frame.get("pts_time")) - _number(stream.get("start_time")) for frame in frames]
+    return max(times_s, default=-1.0)
 
 
 def _own_duration(stream: dict[str, Any]) -> float:
