@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import TransientIO
 from pipeline.schema import mix64
 from pipeline.spill import Spill, is_new, keys_of
 from pipeline.storage import Store
@@ -66,7 +65,7 @@ def hash_ends(store: Store, file: File) -> bytes | None:
         if size_bytes > _END_BYTES:
             offset = max(_END_BYTES, size_bytes - _END_BYTES)
             digest.update(store.read_range(path, offset, size_bytes - offset))
-    except (OSError, TransientIO):
+    except OSError:
         return None
     return digest.digest()
 
@@ -83,7 +82,7 @@ def hash_whole(store: Store, file: File) -> bytes | None:
             digest.update(block)
             if len(block) < _BLOCK_BYTES:
                 break
-    except (OSError, TransientIO):
+    except OSError:
         return None
     return digest.digest()
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.corpus import Examine, make_examine, reject
-from pipeline.errors import TransientIO
 from pipeline.spill import Spill, is_new
 from pipeline.storage import Entry, Store
 
@@ -113,8 +112,6 @@ def _cut(paths: list[str], size: int = 256) -> Iterator[list[str]]:
 def _ask(store: Store, path: str) -> Entry | tuple[str, str] | None:
     try:
         entry = store.stat(path)
-    except TransientIO:
-        return None  # the shard stage asks again, and says so if it must
     except OSError as error:
         return "unreadable", f"cannot be examined: {error.strerror or error}"
     return entry or ("unreadable", "cannot be examined: there is no such file")

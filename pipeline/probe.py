@@ -13,8 +13,8 @@ from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.packets import measure_duration
 
-_LAST_PACKETS = 16
-"""Of all streams, read from the last keyframe on: sound may stand before the picture."""
+_LAST_PACKETS = 3
+"""Of all streams, read from the last keyframe on: sound may stand before the picture, and each frame costs its decoding."""
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
 
 

@@ -133,7 +133,7 @@ _COMMON = [
     ("split", pa.string()),
     ("extra", pa.string()),
     ("fps", pa.float64()),
-    *((f"score_{name}", pa.float32()) for name in SCORES),
+    *((f"score_{name}", pa.float64()) for name in SCORES),
 ]
 CLIP_SCHEMA = pa.schema(
     [

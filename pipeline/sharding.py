@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -294,8 +293,7 @@ def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_
         "label": ref.label,
         "split": ref.split or draw_split(video_id, val_fraction),
         "extra": ref.extra,
-        # As exact as the index keeps them, so that the sample's JSON says the same number.
-        **{f"score_{name}": float(np.float32(cut.scores[name])) if cut.scores else None for name in SCORES},
+        **{f"score_{name}": cut.scores[name] if cut.scores else None for name in SCORES},
     }
 
 

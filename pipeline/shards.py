@@ -6,6 +6,7 @@ whatever dies when, and a resumed job repeats only the shards that have no index
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -168,9 +169,11 @@ class ShardWriter:
         return info
 
     def abort(self) -> None:
-        """Drop everything; harmless after `commit`."""
-        self._file.close()
-        self._scratch.unlink(missing_ok=True)
+        """Drop everything; harmless after `commit`, and never an error of its own: a full disk has said enough."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._scratch.unlink(missing_ok=True)
 
     def _begin_member(self) -> int:
         self._file.write(bytes(tarfile.BLOCKSIZE))  # the header's place

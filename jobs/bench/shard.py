@@ -51,39 +51,39 @@ class BenchShardConfig:
     num_videos: int = 16
     """Videos that are made."""
     video_bytes: int = 64 * 2**20
-    """Size of each, about."""
+    """Size of each, about, for copy and remux."""
+    decoded_video_bytes: int = 8 * 2**20
+    """Size of each, about, for transcode and score: 8 Mbit/s, so a second a mebibyte."""
     cases: tuple[Case, ...] = _CASES
     """What to time."""
     repeats: int = 5
     """Times that each side runs, after one that is not counted."""
 
     def __post_init__(self) -> None:
-        if min(self.num_videos, self.video_bytes, self.repeats) < 1:
-            raise ConfigError("num_videos, video_bytes and repeats must be 1 or more")
+        if min(self.num_videos, self.video_bytes, self.decoded_video_bytes, self.repeats) < 1:
+            raise ConfigError("num_videos, video_bytes, decoded_video_bytes and repeats must be 1 or more")
 
 
 def run(config: BenchShardConfig) -> JobResult:
     started_s = time.monotonic()
-    videos = config.videos or _make_videos(config)
-    files = [videos / entry.name for entry in sorted(Store.at(videos).walk(), key=lambda entry: entry.name)]
-    if not files:
-        raise ConfigError(f"--videos {videos}: no file there")
     figures: dict[str, object] = {}
     with connect():
         workers = max(1, int(count("CPU")))
         for case in config.cases:
-            figures[case] = _measure(config, case, videos, files, workers)
+            size = config.video_bytes if case in ("copy", "remux") else config.decoded_video_bytes
+            figures[case] = _measure(config, case, config.videos or _make_videos(config, size), workers)
             log.info(f"bench shard: {case} {figures[case]}")
     return JobResult(
         job="bench shard", out=str(config.folder), elapsed_s=time.monotonic() - started_s,
-        figures={"workers": workers, "videos": len(files), "bytes": sum(f.stat().st_size for f in files), **figures},
+        figures={"workers": workers, **figures},
     )  # fmt: skip
 
 
-def _measure(
-    config: BenchShardConfig, case: Case, videos: Path, files: list[Path], workers: int
-) -> dict[str, float | list[float]]:
+def _measure(config: BenchShardConfig, case: Case, videos: Path, workers: int) -> dict[str, float | list[float]]:
     """Seconds and ratios (the other side's seconds over ours) of one case."""
+    files = [videos / entry.name for entry in sorted(Store.at(videos).walk(), key=lambda entry: entry.name)]
+    if not files:
+        raise ConfigError(f"--videos {videos}: no file there")
     sides: dict[str, Callable[[Path], None]] = {"ours": lambda out: _shard(case, videos, out, workers)}
     if case in ("copy", "remux"):
         sides["limit"] = lambda out: _each(workers, files, lambda part, n: _copy(part, out / f"{n}", case))
@@ -112,6 +112,8 @@ def _measure(
         if name != "ours"
     }
     return {
+        "videos": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
         **{f"{name}_s": round(statistics.median(values), 3) for name, values in seconds.items()},
         **{name: round(statistics.median(values), 3) for name, values in ratios.items()},
         "limit_over_ours_range": [round(end(ratios["limit_over_ours"]), 3) for end in (min, max)],
@@ -214,9 +216,9 @@ def _webdataset(files: Sequence[Path], out: Path) -> None:
             writer.write({"__key__": path.stem, "mp4": path.read_bytes()})
 
 
-def _make_videos(config: BenchShardConfig) -> Path:
-    """Videos of about `video_bytes` whose bytes differ: one noisy second, repeated, under different titles."""
-    folder = config.folder / f"videos-{config.num_videos}-{config.video_bytes}"
+def _make_videos(config: BenchShardConfig, video_bytes: int) -> Path:
+    """Videos of about `video_bytes` each whose bytes differ: one noisy second, repeated, under different titles."""
+    folder = config.folder / f"videos-{config.num_videos}-{video_bytes}"
     if folder.exists():
         return folder
     making = config.folder / ".making"
@@ -226,7 +228,7 @@ def _make_videos(config: BenchShardConfig) -> Path:
     picture = "mandelbrot=size=1280x720:rate=30,noise=alls=12:allf=t"
     code = ["-t", "4", "-c:v", "libx264", "-preset", "veryfast", "-b:v", "8M", "-pix_fmt", "yuv420p"]
     subprocess.run(["ffmpeg", "-v", "error", "-nostdin", "-f", "lavfi", "-i", picture, *code, str(seed)], check=True)
-    loops = max(0, round(config.video_bytes / seed.stat().st_size) - 1)
+    loops = max(0, round(video_bytes / seed.stat().st_size) - 1)
     for number in range(config.num_videos):
         words = ["ffmpeg", "-v", "error", "-nostdin", "-stream_loop", str(loops), "-i", str(seed), "-c", "copy"]
         words += ["-metadata", f"title={number}", str(making / f"{number:04d}.mp4")]

