@@ -22,17 +22,21 @@ from jobs.result import JobResult
 from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume
 from pipeline.errors import ConfigError
+from pipeline.ffmpeg import FfmpegLimits
 from pipeline.planning import plan_shards
+from pipeline.probe import probe
 from pipeline.quality import QualityConfig
+from pipeline.scoring import SCALE_FLAGS, Watch, constant_rate
 from pipeline.sharding import ShardSettings, describe_clips
 from pipeline.storage import Store
+from pipeline.transcode import TranscodeConfig, encoder_words
 
 log = logging.getLogger(__name__)
 
 Case = Literal["copy", "remux", "transcode", "score"]
 _CASES: tuple[Case, ...] = ("copy", "remux", "transcode", "score")
 _CHUNK_BYTES = 2**20
-_SHORT_SIDE_PX = 256
+_SHORT_SIDE_PX = TranscodeConfig().short_side_px
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +92,9 @@ def _measure(config: BenchShardConfig, case: Case, videos: Path, workers: int) -
     if case in ("copy", "remux"):
         sides["limit"] = lambda out: _each(workers, files, lambda part, n: _copy(part, out / f"{n}", case))
     else:
-        sides["limit"] = lambda out: _each(
-            len(files), files, lambda part, n: _bare_ffmpeg(part[0], out / f"{n}.mp4", case), workers
+        commands = [_bare_command(path, config.folder / "out" / f"{n}.mp4", case) for n, path in enumerate(files)]
+        sides["limit"] = lambda _: _each(
+            len(files), files, lambda _, n: subprocess.run(commands[n], check=True), workers
         )
     if case == "copy":
         sides["ray_data"] = lambda out: _ray_data(files, out, workers)
@@ -146,7 +151,7 @@ def _shard(case: Case, videos: Path, out: Path, workers: int) -> None:
 
 
 def _each(
-    parts: int, files: Sequence[Path], work: Callable[[Sequence[Path], int], None], workers: int | None = None
+    parts: int, files: Sequence[Path], work: Callable[[Sequence[Path], int], object], workers: int | None = None
 ) -> None:
     """`work(files, number)` on `parts` equal parts at a time; each spends its time in the kernel or in a process."""
     with ThreadPoolExecutor(workers or parts) as pool:
@@ -180,23 +185,29 @@ def _pour(path: Path, target: object, buffer: memoryview) -> None:
                 target.write(buffer[:size])  # type: ignore[attr-defined]
 
 
-def _bare_ffmpeg(video: Path, out: Path, case: Case) -> None:
-    words = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", str(video), "-an"]
+def _bare_command(video: Path, out: Path, case: Case) -> list[str]:
+    """ffmpeg by hand, with the filters that sharding uses, for a video that needs no check."""
+    words = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-nostdin",
+        "-y",
+        "-filter_complex_threads",
+        "1",
+        "-threads",
+        "1",
+        "-i",
+        str(video),
+    ]
     if case == "transcode":
-        words += [
-            "-vf",
-            f"scale=-2:{_SHORT_SIDE_PX}:flags=bicubic",
-            "-c:v",
-            "libx264",
-            "-preset",
-            "veryfast",
-            "-crf",
-            "20",
-        ]
-        words += ["-g", "30", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-threads", "1", str(out)]
-    else:
-        words += ["-vf", "scale=64:64:flags=area,format=gray", "-f", "rawvideo", "-y", os.devnull]
-    subprocess.run(words, check=True)
+        words += ["-an", "-vf", f"scale=-2:{_SHORT_SIDE_PX}:flags={SCALE_FLAGS}", "-movflags", "+faststart"]
+        return [*words, *encoder_words(TranscodeConfig()), str(out)]
+    with video.open("rb") as file:
+        info = probe(file, FfmpegLimits())
+    graph = f"[0:V:0]{constant_rate(info)}[frames];{Watch(info, info.duration_s, 0.5).graph('frames')}"
+    raw = ["-f", "rawvideo", os.devnull]
+    return [*words, "-filter_complex", graph, "-map", "[thumbs]", *raw, "-map", "[squares]", *raw]
 
 
 def _ray_data(files: Sequence[Path], out: Path, workers: int) -> None:
