@@ -28,12 +28,13 @@ from typing import Literal
 
 from jobs.mlflow_store import probe_store, redact_uri, resolve_tracking_uri
 from jobs.result import JobResult
+from pipeline.transcode import ENCODERS
 
 log = logging.getLogger(__name__)
 
 _GIB = 2**30
 _MIN_PYTHON = (3, 11)
-_MIN_FFMPEG = (4, 4)
+_MIN_FFMPEG = (5, 0)
 _MIN_FILES = 4096
 _MIN_SHM_BYTES = 2 * _GIB
 _MIN_FREE_BYTES = 10 * _GIB
@@ -178,7 +179,7 @@ def _check_packages() -> list[Check]:
 
 def _check_ffmpeg() -> list[Check]:
     checks = []
-    install = "install ffmpeg 4.4 or later, for example `apt install ffmpeg`, and see that it is in PATH"
+    install = "install ffmpeg 5.0 or later, for example `apt install ffmpeg`, and see that it is in PATH"
     for tool in ("ffmpeg", "ffprobe"):
         path = shutil.which(tool)
         if path is None:
@@ -199,10 +200,11 @@ def _check_ffmpeg() -> list[Check]:
     )
     if "libdav1d" in decoders or "libaom-av1" in decoders:
         decoders.add("av1")
-    has_x264 = "libx264" in encoders
-    advice = "" if has_x264 else "install an ffmpeg built with libx264; cut clips are encoded with it"
-    detail = "libx264 is there" if has_x264 else "no libx264"
-    checks.append(Check(name="encoder", status="ok" if has_x264 else "fail", detail=detail, advice=advice))
+    lost = [f"{name} ({codec})" for codec, name in ENCODERS.items() if name not in encoders]
+    detail = f"missing: {', '.join(lost)}" if lost else ", ".join(ENCODERS.values())
+    advice = "install a full build of ffmpeg; storage transcode encodes clips with them" if lost else ""
+    status: Literal["ok", "warn", "fail"] = "fail" if ENCODERS["h264"] not in encoders else "warn" if lost else "ok"
+    checks.append(Check(name="encoder", status=status, detail=detail, advice=advice))
     for name, needed, there in (("decoders", _DECODERS, decoders), ("demuxers", _DEMUXERS, demuxers)):
         missing = [one for one in needed if one not in there]
         if missing:

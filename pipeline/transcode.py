@@ -20,7 +20,7 @@ MP4_CONTAINER = "mov,mp4,m4a,3gp,3g2,mj2"
 MP4 = ("-f", "mp4", "-movflags", "+faststart", "-fflags", "+bitexact", "-map_metadata", "-1", "-map_chapters", "-1")
 """Output options: the index in front, and nothing that differs from run to run."""
 _AUDIO = ("-c:a", "aac", "-b:a", "128k", "-flags:a", "+bitexact")
-_ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
+ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
 _MAX_CRF = {"h264": 51, "hevc": 51, "vp9": 63}
 
 
@@ -165,7 +165,7 @@ def stored_size(info: VideoInfo, config: TranscodeConfig) -> tuple[int, int]:
 
 def encoder_words(config: TranscodeConfig) -> list[str]:
     """Output options of the video encoder: one thread, the same bytes in every run."""
-    words = ["-c:v", _ENCODERS[config.codec], "-pix_fmt", "yuv420p", "-g", str(config.gop_frames)]
+    words = ["-c:v", ENCODERS[config.codec], "-pix_fmt", "yuv420p", "-g", str(config.gop_frames)]
     words += ["-crf", str(config.crf), "-flags:v", "+bitexact", "-threads", "1"]
     if config.codec == "vp9":
         return [*words, "-b:v", "0", "-deadline", "good", "-cpu-used", "4", "-row-mt", "0"]
