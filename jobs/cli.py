@@ -109,8 +109,10 @@ def run(argv: list[str]) -> int:
 
 def _take_name(argv: list[str]) -> tuple[str, list[str]]:
     """The job's name, which may be two words (bench plan), and what stands behind it."""
-    words = 2 if argv[:1] == ["bench"] else 1
-    return " ".join(argv[:words]) or "--help", argv[words:]
+    if argv[:1] != ["bench"]:
+        return (argv[0] if argv else "--help"), argv[1:]
+    is_named = len(argv) > 1 and not argv[1].startswith("-")
+    return (f"bench {argv[1]}", argv[2:]) if is_named else ("--help", [])
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:

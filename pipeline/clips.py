@@ -22,7 +22,7 @@ class ClipConfig:
 
     mode: Literal["whole", "window", "shots", "manifest"] = "whole"
     """whole: one clip a video (VIMPAC's unit). window: windows of equal length. shots: from one cut to the next, as the
-    pictures have them. manifest: the spans that the manifest gives (start_s, end_s); a row without one is a whole video."""
+    pictures have them. manifest: the spans that the manifest gives (start_s, end_s)."""
     window_s: float = 10.0
     """Length of a window in seconds (mode window)."""
     stride_s: float = 0.0
@@ -61,7 +61,7 @@ def plan_clips(
     """Spans within `[0, duration_s)`, in order of their starts; none is empty.
 
     Whole, shots and windows without a stride tile the video without gap or overlap; the last window may be shorter.
-    Mode manifest stands for a row without a span here: the whole video.
+    (The spans of mode manifest come from the plan, not from here.)
 
     Args:
         cuts_s: where shots begin, ascending, in seconds (mode shots).
