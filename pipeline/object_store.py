@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -72,15 +71,8 @@ class ObjectStore(RemoteStore):
     def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
         return self._retry(f"reading {name}", lambda: self._read(name, offset, size_bytes))
 
-    def open(self, name: str, *, max_bytes: int | None = None) -> IO[bytes]:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            self._retry(f"fetching {name}", lambda: self._fetch(name, file, max_bytes))
-        except BaseException:
-            file.close()
-            raise
-        file.seek(0)
-        return file
+    def fetch(self, name: str, file: IO[bytes], max_bytes: int | None) -> None:
+        self._retry(f"fetching {name}", lambda: self._fetch(name, file, max_bytes))
 
     def write(self, name: str, data: bytes) -> None:
         self._retry(f"writing {name}", lambda: self._upload(name, lambda: iter([data]), len(data)))

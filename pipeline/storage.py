@@ -216,7 +216,21 @@ class LocalStore(Store):
 
 
 class RemoteStore(Store):
-    """What all remote stores share: a file that is to be uploaded is written to the local temporary folder."""
+    """What all remote stores share: files pass through the local temporary folder, both ways."""
+
+    def open(self, name: str, *, max_bytes: int | None = None) -> IO[bytes]:
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+        try:
+            self.fetch(name, file, max_bytes)
+        except BaseException:
+            file.close()
+            raise
+        file.seek(0)
+        return file
+
+    @abstractmethod
+    def fetch(self, name: str, file: IO[bytes], max_bytes: int | None) -> None:
+        """Fill an empty `file` with all of `name`, and flush it; as `open` says."""
 
     def scratch(self, name: str) -> Path:
         descriptor, path = tempfile.mkstemp(prefix="tokenreel-", suffix=f".{Path(name).name}")

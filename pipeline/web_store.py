@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,15 +74,8 @@ class WebStore(RemoteStore):
 
         return retry(f"{self.url}: reading {name}", get)
 
-    def open(self, name: str, *, max_bytes: int | None = None) -> IO[bytes]:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            retry(f"{self.url}: fetching {name}", lambda: self._fetch(name, file, max_bytes))
-        except BaseException:
-            file.close()
-            raise
-        file.seek(0)
-        return file
+    def fetch(self, name: str, file: IO[bytes], max_bytes: int | None) -> None:
+        retry(f"{self.url}: fetching {name}", lambda: self._fetch(name, file, max_bytes))
 
     def write(self, name: str, data: bytes) -> None:
         self._refuse()

@@ -295,7 +295,7 @@ class TestErrors:
             def write(self, data: bytes) -> int:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(object_store.tempfile, "TemporaryFile", Full)
+        monkeypatch.setattr(tempfile, "TemporaryFile", Full)
         with pytest.raises(OSError, match="No space left"):
             store.open("there")
         assert server.count("GET *there*") == 1
