@@ -17,7 +17,7 @@ from jobs.folder import lock_folder, work_folder
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
 from pipeline.errors import TransientIO
-from pipeline.plan_file import name_changes
+from pipeline.plan_file import name_changes, read_plan_shards
 from pipeline.planning import plan_shards
 from pipeline.sharding import ShardSettings, describe_clips
 from pipeline.storage import Store
@@ -84,5 +84,6 @@ def _run(config: ShardConfig, out: Store, scratch: Path) -> JobResult:
             from pipeline.stages import run_shard
 
             with connect(), job.progress() as on_shard:
-                run_shard(root, out, job.meta, config.settings, job.todo, config.rejects.retry_rejects, on_shard)
+                items = read_plan_shards(plan.path, job.todo)
+                run_shard(root, out, job.meta, config.settings, items, config.rejects.retry_rejects, on_shard)
         return job.finish(planned_videos=plan.num_videos)

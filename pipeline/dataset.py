@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
+from pipeline.plan_file import PLAN_NAME
 from pipeline.schema import SCHEMA_VERSION, Reject
 from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_info, shard_name
 from pipeline.storage import Store
 
 _META = "dataset.json"
-PLAN_NAME = "plan.parquet"
 PLAN_REJECTS = "rejects/plan.parquet"
 _PARTS = ("shards", "index", "rejects")
 _READ_THREADS = 16
@@ -60,7 +61,7 @@ def create_or_resume(
     """Open `place` for the job that `meta` describes; a new folder is created, a finished or broken-off one resumed.
 
     Args:
-        plan: a local file with the inputs, kept as `plan.parquet`; what the workers read.
+        plan: a local file with the inputs, kept as `plan.parquet`, so that a resume can name what changed.
         plan_rejects: a local file with the inputs that the plan refused, kept as `rejects/plan.parquet`.
         name_changes: names the differences between two plans, for the error.
 
@@ -87,7 +88,9 @@ def create_or_resume(
         _remove_leftovers(store, ("", *_PARTS))
     for source, name in ((plan_rejects, PLAN_REJECTS), (plan, PLAN_NAME)):
         if source is not None and not store.exists(name):
-            store.write(name, source.read_bytes())
+            scratch = store.scratch(name)
+            shutil.copyfile(source, scratch)  # not through memory: a plan has as many rows as the corpus
+            store.put(scratch, name)
     return meta
 
 

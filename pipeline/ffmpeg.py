@@ -174,7 +174,7 @@ class Process:
         self._left_s = limits.timeout_s
         self._names = [source_url(file) for file in files]
         self._pipes = [*([stdout] if stdout else []), *pipes]
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by _close
         try:
             self._process = subprocess.Popen(
                 args,

@@ -1,12 +1,13 @@
-"""`plan.parquet` on disk: written as a stream, one shard read at a time, two plans compared."""
+"""`plan.parquet` on disk: written as a stream, read shard by shard, two plans compared."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.schema import PLAN_SCHEMA, VideoRef
 from pipeline.spill import hash_texts
 
+PLAN_NAME = "plan.parquet"
 _GROUP_ROWS = 2**16
 _GROUP_BYTES = 2**26
 
@@ -77,17 +79,33 @@ class TableDigest:
         return hashlib.sha256(b"".join(parts)).digest()
 
 
-def read_plan_shard(file: Path | str | IO[bytes], shard: int) -> list[VideoRef]:
-    """The inputs of one shard, in the order of the plan. Only the row groups that can hold it are read."""
+def read_plan_shards(file: Path, shards: Iterable[int]) -> Iterator[tuple[int, list[VideoRef]]]:
+    """(shard, its inputs in the order of the plan) for each of `shards`, which ascend.
+
+    A stream: one row group is held at a time, and those that hold none of them are not read.
+    """
+    waiting = deque(shards)
     refs: list[VideoRef] = []
     with pq.ParquetFile(file) as parquet:
         for group in range(parquet.num_row_groups):
             range_ = parquet.metadata.row_group(group).column(0).statistics
-            if range_.min <= shard <= range_.max:
-                table = parquet.read_row_group(group)
-                mine = table.filter(pc.equal(table["shard"], shard)).drop_columns(["shard"])
-                refs += [VideoRef(**row) for row in mine.to_pylist()]
-    return refs
+            while waiting and waiting[0] < range_.min:
+                yield waiting.popleft(), refs
+                refs = []
+            if not waiting or waiting[0] > range_.max:
+                continue
+            table = parquet.read_row_group(group)
+            numbers, table = table["shard"].to_numpy(), table.drop_columns(["shard"])
+            while waiting and waiting[0] <= range_.max:
+                first, end = np.searchsorted(numbers, (waiting[0], waiting[0] + 1)).tolist()
+                refs += [VideoRef(**row) for row in table.slice(first, end - first).to_pylist()]
+                if waiting[0] == range_.max:  # it may go on in the next group
+                    break
+                yield waiting.popleft(), refs
+                refs = []
+    while waiting:
+        yield waiting.popleft(), refs
+        refs = []
 
 
 def name_changes(old_plan: Path, new_plan: Path, limit: int = 5) -> list[str]:

@@ -23,16 +23,13 @@ from pipeline.corpus import open_corpus, reject
 from pipeline.duplicates import find_duplicates
 from pipeline.errors import ConfigError
 from pipeline.ledger import Ledger
-from pipeline.plan_file import TableDigest, TableWriter, name_changes, read_plan_shard
+from pipeline.plan_file import PLAN_NAME, TableDigest, TableWriter
 from pipeline.plan_order import Totals, first_rows, order_rows, read_ordered
 from pipeline.schema import PLAN_SCHEMA, REJECT_SCHEMA
 from pipeline.spill import Spill, hash_texts, is_new
 from pipeline.storage import Store
 
-__all__ = ["PLAN_NAME", "REJECTS_NAME", "ShardPlan", "name_changes", "plan_shards", "read_plan_shard"]
-
-PLAN_NAME = "plan.parquet"
-REJECTS_NAME = "rejects.parquet"
+_REJECTS_NAME = "rejects.parquet"
 
 
 class _Clips(Protocol):
@@ -116,7 +113,7 @@ def plan_shards(
         totals = order_rows(rows, opened.store, ordered, need_sizes=settings.duplicates == "drop")
         doubles = _Doubles(opened.store, ordered, scratch, totals) if settings.duplicates == "drop" else None
         deal = _Deal(totals, settings)
-        writer, bad = TableWriter(scratch / PLAN_NAME, PLAN_SCHEMA), TableWriter(scratch / REJECTS_NAME, REJECT_SCHEMA)
+        writer, bad = TableWriter(scratch / PLAN_NAME, PLAN_SCHEMA), TableWriter(scratch / _REJECTS_NAME, REJECT_SCHEMA)
         digests = TableDigest(PLAN_SCHEMA.names[1:]), TableDigest(("path", "reject_class"))
         num_inputs, rejected = 0, Counter[str]()
         for table in read_ordered(ordered):
@@ -132,13 +129,13 @@ def plan_shards(
         writer.close()
         bad.close()
         (scratch / PLAN_NAME).replace(workdir / PLAN_NAME)
-        (workdir / REJECTS_NAME).unlink(missing_ok=True)
+        (workdir / _REJECTS_NAME).unlink(missing_ok=True)
         if rejected:
-            (scratch / REJECTS_NAME).replace(workdir / REJECTS_NAME)
+            (scratch / _REJECTS_NAME).replace(workdir / _REJECTS_NAME)
     return ShardPlan(
         root=opened.store.url,
         path=workdir / PLAN_NAME,
-        rejects=workdir / REJECTS_NAME if rejected else None,
+        rejects=workdir / _REJECTS_NAME if rejected else None,
         num_shards=deal.num_shards,
         num_videos=totals.num_videos,
         num_inputs=num_inputs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from pipeline.dataset import PLAN_NAME, DatasetMeta
+from pipeline.dataset import DatasetMeta
 from pipeline.errors import TokenreelError
-from pipeline.plan_file import read_plan_shard
+from pipeline.schema import VideoRef
 from pipeline.sharding import ShardSettings, write_clip_shard
 from pipeline.shards import Written, read_shard_rows
 from pipeline.storage import Store
@@ -27,22 +28,24 @@ def run_shard(
     out: Store,
     meta: DatasetMeta,
     settings: ShardSettings,
-    todo: list[int],
+    items: Iterator[tuple[int, list[VideoRef]]],
     retry: Collection[str],
     on_shard: OnShard,
 ) -> None:
-    """Write the shards `todo`, one task each, on all CPUs of the cluster.
+    """Write the shards of `items`, (number, inputs), one task each, on all CPUs of the cluster.
 
     A killed worker's shard is done again by Ray, on another node where its node is lost; nothing of its first try can
     be seen. Twice as many tasks are queued as there are CPUs, so the driver's memory does not grow with the plan, and a
     cluster that can grow sees that there is more to do.
     """
     arguments = ray.put((corpus, out, meta.fingerprint, settings, tuple(retry)))
-    waiting, running = deque(todo), set[ray.ObjectRef]()
+    running: set[ray.ObjectRef] = set()
     try:
-        while waiting or running:
-            while waiting and len(running) < 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
-                running.add(_shard_task.remote(arguments, waiting.popleft()))
+        while True:
+            room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(running)
+            running.update(_shard_task.remote(arguments, *item) for item in itertools.islice(items, max(0, room)))
+            if not running:
+                return
             done = ray.wait(list(running))[0][0]
             running.discard(done)
             on_shard(_get(done))
@@ -63,10 +66,10 @@ def _get(task: ray.ObjectRef) -> Written:
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def _shard_task(arguments: tuple[Store, Store, str, ShardSettings, tuple[str, ...]], shard: int) -> Written:
+def _shard_task(
+    arguments: tuple[Store, Store, str, ShardSettings, tuple[str, ...]], shard: int, refs: list[VideoRef]
+) -> Written:
     corpus, out, fingerprint, settings, retry = arguments
-    with out.open(PLAN_NAME) as plan:
-        refs = read_plan_shard(plan, shard)
     return write_clip_shard(out, fingerprint, shard, corpus, refs, settings, retry)
 
 

@@ -24,7 +24,8 @@ import tyro
 
 from jobs.result import JobResult
 from pipeline.errors import ConfigError, TokenreelError
-from pipeline.planning import PLAN_NAME, plan_shards
+from pipeline.plan_file import PLAN_NAME
+from pipeline.planning import plan_shards
 from pipeline.sharding import ShardSettings
 
 log = logging.getLogger(__name__)

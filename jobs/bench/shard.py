@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume
 from pipeline.errors import ConfigError
 from pipeline.ffmpeg import FfmpegLimits
+from pipeline.plan_file import read_plan_shards
 from pipeline.planning import plan_shards
 from pipeline.probe import probe
 from pipeline.quality import QualityConfig
@@ -144,7 +146,7 @@ def _shard(case: Case, videos: Path, out: Path, workers: int) -> None:
     meta = create_or_resume(store, describe_clips(plan, to_plain(settings)), plan=plan.path)
     committed = []
     run_shard(
-        Store.at(plan.root), store, meta, settings, list(range(plan.num_shards)), (),
+        Store.at(plan.root), store, meta, settings, read_plan_shards(plan.path, range(plan.num_shards)), (),
         lambda written: committed.append(written.info.ledger.committed),
     )  # fmt: skip
     assert sum(committed) == count, f"{sum(committed)} of {count} videos were committed"
@@ -178,11 +180,11 @@ def _copy(files: Sequence[Path], out: Path, case: Case) -> None:
     scratch.unlink(missing_ok=True)
 
 
-def _pour(path: Path, target: object, buffer: memoryview) -> None:
+def _pour(path: Path, target: io.FileIO | None, buffer: memoryview) -> None:
     with path.open("rb", buffering=0) as source:
         while size := source.readinto(buffer):
             if target is not None:
-                target.write(buffer[:size])  # type: ignore[attr-defined]
+                target.write(buffer[:size])
 
 
 def _bare_command(video: Path, out: Path, case: Case) -> list[str]:

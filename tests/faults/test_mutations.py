@@ -22,7 +22,7 @@ import pytest
 from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume, finish, read_index, read_rejects
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.plan_file import read_plan_shard
+from pipeline.plan_file import read_plan_shards
 from pipeline.planning import plan_shards
 from pipeline.quality import QualityConfig
 from pipeline.schema import FILTER_REASONS, REJECT_CLASSES
@@ -197,7 +197,8 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 
 def _write(corpus: Path, out: Path, fingerprint: str, plan: Path, shard: int, settings: ShardSettings) -> Cost:
     started_s = time.monotonic()
-    write_clip_shard(Store.at(out), fingerprint, shard, Store.at(corpus), read_plan_shard(plan, shard), settings)
+    ((_, refs),) = read_plan_shards(plan, [shard])
+    write_clip_shard(Store.at(out), fingerprint, shard, Store.at(corpus), refs, settings)
     # Not our own ru_maxrss: it begins at the size of the process that started this one, here the whole test suite.
     own_kib = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

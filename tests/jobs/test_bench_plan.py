@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 @pytest.mark.parametrize("options", [{"format": "csv"}, {"format": "parquet", "stat": True}])
 def test_the_plan_repeats(tmp_path: Path, options: dict[str, object]) -> None:
     out = tmp_path / "out"
-    result = run(replace(BenchPlanConfig(out=out, rows=600, videos_per_shard=100), **options))  # type: ignore[arg-type]
+    result = run(replace(BenchPlanConfig(out=out, rows=600, videos_per_shard=100), **options))
     figures = json.loads(result.to_json())
     assert result.status == "done" and figures["same_plan"] is True
     assert (figures["planned"], figures["committed"], figures["num_shards"]) == (600, 600, 6)
@@ -26,7 +26,7 @@ def test_the_plan_repeats(tmp_path: Path, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("format", ["csv", "jsonl", "txt"])
 def test_a_shuffled_manifest_has_the_same_rows_in_another_order(tmp_path: Path, format: str) -> None:
-    config = BenchPlanConfig(out=tmp_path, rows=250, format=format)  # type: ignore[arg-type]
+    config = BenchPlanConfig(out=tmp_path, rows=250, format=format)
     texts = []
     for shuffled in (False, True):
         (folder := tmp_path / str(shuffled)).mkdir()
@@ -54,4 +54,4 @@ def test_nothing_of_a_person_is_deleted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"rows": 0}, {"format": "xlsx"}, {"videos_per_shard": 0}])
 def test_bad_settings(tmp_path: Path, options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        BenchPlanConfig(out=tmp_path, **options)  # type: ignore[arg-type]
+        BenchPlanConfig(out=tmp_path, **options)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from pipeline import spill
 from pipeline.errors import ConfigError, TransientIO
-from pipeline.plan_file import TableDigest, TableWriter
-from pipeline.planning import ShardPlan, name_changes, plan_shards, read_plan_shard
+from pipeline.plan_file import TableDigest, TableWriter, name_changes, read_plan_shards
+from pipeline.planning import ShardPlan, plan_shards
 from pipeline.schema import PLAN_SCHEMA, REJECT_SCHEMA, VideoRef
 from pipeline.spill import Spill, hash_texts
 from pipeline.storage import Store
@@ -51,7 +51,9 @@ def make_plan(corpus: Path | str, workdir: Path, options: Settings | None = None
 
 
 def shards_of(plan: ShardPlan) -> list[list[VideoRef]]:
-    return [read_plan_shard(plan.path, shard) for shard in range(plan.num_shards)]
+    found = list(read_plan_shards(plan.path, range(plan.num_shards)))
+    assert [number for number, _ in found] == list(range(plan.num_shards))
+    return [refs for _, refs in found]
 
 
 def paths_of(plan: ShardPlan) -> list[str]:
@@ -338,7 +340,10 @@ class TestStreaming:
         parquet = pq.ParquetFile(tmp_path / "999")
         groups = [parquet.metadata.row_group(n) for n in range(parquet.num_row_groups)]
         assert [g.num_rows for g in groups] == ([65_536, 4464] if caption_bytes == 10 else [671, 671, 658])
-        assert [ref.path for ref in read_plan_shard(tmp_path / "999", 7)] == [str(n) for n in range(700, 800)]
+        picked = list(read_plan_shards(tmp_path / "999", [7, 9]))
+        assert [[ref.path for ref in refs] for _, refs in picked] == [
+            [str(n) for n in range(first, first + 100)] for first in (700, 900)
+        ]
 
 
 class TestDigest:

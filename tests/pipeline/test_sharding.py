@@ -20,7 +20,7 @@ from pipeline.dataset import create_or_resume, finish, read_index, read_meta, re
 from pipeline.errors import ConfigError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
-from pipeline.plan_file import name_changes, read_plan_shard
+from pipeline.plan_file import name_changes, read_plan_shards
 from pipeline.planning import ShardPlan, plan_shards
 from pipeline.quality import QualityConfig
 from pipeline.schema import REJECT_CLASSES, Reject, draw_split
@@ -43,8 +43,7 @@ def shard(corpus: Path, out: Path, config: ShardSettings, *, retry: Sequence[str
     """What the job does, one shard after another."""
     plan = make_plan(corpus, config, out.with_name(f"{out.name}-{uuid.uuid4().hex}"))
     meta = create_or_resume(out, describe_clips(plan, asdict(config)), plan=plan.path, plan_rejects=plan.rejects)
-    for number in range(plan.num_shards):
-        refs = read_plan_shard(plan.path, number)
+    for number, refs in read_plan_shards(plan.path, range(plan.num_shards)):
         write_clip_shard(Store.at(out), meta.fingerprint, number, Store.at(plan.root), refs, config, retry)
     _, ledger = finish(out, meta, plan.ledger)
     assert list(verify(out)) == []
@@ -184,7 +183,7 @@ class TestCopy:
 
 def write_first_shard(plan: ShardPlan, out: Path) -> ShardInfo:
     meta = create_or_resume(out, describe_clips(plan, {}), plan=plan.path)
-    refs = read_plan_shard(plan.path, 0)
+    ((_, refs),) = read_plan_shards(plan.path, [0])
     return write_clip_shard(Store.at(out), meta.fingerprint, 0, Store.at(plan.root), refs, ShardSettings()).info
 
 
