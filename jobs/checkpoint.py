@@ -3,16 +3,21 @@
     RUN/checkpoints/00000100/       after 100 steps
       model.safetensors             the objective's state: weights and buffers
       optimizer.safetensors         AdamW's moments and step counts, by parameter number
-      state.json                    the cursor: next step, digest of consumed keys
+      state.json                    the cursor: next step, digest of consumed keys, recent loss
 
 Random numbers need no state: the loop seeds every generator from (seed, step, rank) at the start of each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,24 +27,83 @@ from torch import Tensor, nn
 
 from pipeline.files import sync_path
 
-_STATE = "state.json"
+STATE_NAME = "state.json"
+"""What makes a folder a checkpoint; it is written last and taken away first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cursor:
-    """Where a run stands: `step` steps are done, and consumed the keys that `keys_digest` (hex) sums up."""
+    """Where a run stands: `step` steps are done, and consumed the keys that `keys_digest` (hex) sums up.
+
+    `recent_loss` is the mean loss of the last `save_every_steps` steps; None before the first.
+    """
 
     step: int = 0
     keys_digest: str = ""
+    recent_loss: float | None = None
 
 
-def save_checkpoint(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, cursor: Cursor, keep: int) -> Path:
-    """Write the checkpoint of `cursor.step`, then delete all but the newest `keep`. Returns its folder."""
-    weights = {name: value.detach() for name, value in module.state_dict().items()}
-    final = write_checkpoint(run, weights, _flatten(optimizer), cursor)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return final
+class CheckpointSaver:
+    """Saves a run's checkpoints behind its back: training waits for the copy to CPU memory, not for the disk.
+
+    One write is in flight at most: the next `save` waits for it, and leaving the `with` block too. What a write raised
+    is raised there. The copies are kept and filled again, so they cost memory (three times the weights, for AdamW) once.
+
+    Args:
+        keep: newest checkpoints that stay; the one of the lowest recent loss stays besides.
+        saved: called in the background with each checkpoint's folder once it is whole, such as to upload it.
+    """
+
+    def __init__(self, run: Path, keep: int, saved: Callable[[Path], None]) -> None:
+        self._run, self._keep, self._saved = run, keep, saved
+        self._copies: dict[str, Tensor] = {}
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._write: Future[None] | None = None
+        for left in (run / "checkpoints").glob(".*.tmp"):  # by a process that was killed
+            shutil.rmtree(left)
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, cursor: Cursor) -> float:
+        """Begin to save the checkpoint of `cursor.step`; returns the seconds that this kept the caller."""
+        started = time.perf_counter()
+        self.wait()
+        weights = self._copy("model", {name: value.detach() for name, value in module.state_dict().items()})
+        moments = self._copy("optimizer", _flatten(optimizer))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._write = self._pool.submit(self._finish, weights, moments, cursor)
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Return when nothing is in flight; raises what the write raised."""
+        if self._write is not None:
+            self._write.result()
+            self._write = None
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The error that ends the run is the one to see.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+            self.wait()
+        self._pool.shutdown()
+
+    def _copy(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, value in tensors.items():
+            copy = self._copies.get(f"{part}.{name}")
+            if copy is None:
+                # Pages that are locked are copied to at the full speed of the bus, and without waiting for each.
+                copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._copies[f"{part}.{name}"] = copy
+            copies[name] = copy.copy_(value, non_blocking=True)
+        return copies
+
+    def _finish(self, weights: dict[str, Tensor], moments: dict[str, Tensor], cursor: Cursor) -> None:
+        folder = write_checkpoint(self._run, weights, moments, cursor)
+        for old in set(list_checkpoints(self._run)[: -self._keep]) - {best_checkpoint(self._run)}:
+            discard(old)
+        self._saved(folder)
 
 
 def write_checkpoint(run: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], cursor: Cursor) -> Path:
@@ -49,23 +113,40 @@ def write_checkpoint(run: Path, weights: dict[str, Tensor], moments: dict[str, T
     temporary.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "model.safetensors")
     save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / _STATE).write_text(json.dumps(asdict(cursor)))
+    (temporary / STATE_NAME).write_text(json.dumps(asdict(cursor)))
     for path in [*temporary.iterdir(), temporary]:
         sync_path(path)
     if final.exists():  # a step that a resumed run does again
-        shutil.rmtree(final)
+        discard(final)
     temporary.rename(final)
     sync_path(final.parent)
     return final
 
 
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; whoever dies meanwhile leaves no half of it under its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if (path / _STATE).exists())
+    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if (path / STATE_NAME).exists())
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint with the lowest recent loss; the newest of equals. The run must have one."""
+
+    def recent_loss(checkpoint: Path) -> float:
+        loss = read_cursor(checkpoint).recent_loss
+        return math.inf if loss is None else loss
+
+    return min(reversed(list_checkpoints(run)), key=recent_loss)
 
 
 def read_cursor(checkpoint: Path) -> Cursor:
-    return Cursor(**json.loads((checkpoint / _STATE).read_text()))
+    return Cursor(**json.loads((checkpoint / STATE_NAME).read_text()))
 
 
 def read_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -13,7 +13,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.checkpoint import Cursor, list_checkpoints, load_optimizer, load_weights, read_cursor, save_checkpoint
-from jobs.journal import Journal
+from jobs.checkpoint import CheckpointSaver, Cursor, list_checkpoints, load_optimizer, load_weights, read_cursor
+from jobs.journal import Journal, read_journal
 from models.optim import OptimConfig, build_optimizer, clip_gradients, lr_at
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ class LoopConfig:
     schedule_steps: int | None = None
     """Steps that the learning-rate schedule spans, where a second stage continues this run; by default, `steps`."""
     save_every_steps: int = 100
-    """Steps between two checkpoints; the last step always makes one."""
+    """Steps between two checkpoints; the last step always makes one, and so does a preemption."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk, besides the one with the lowest mean loss over the save_every_steps before it."""
     picture_every_steps: int = 100
     """Steps between two pictures (reconstructions or predictions); 0 draws none."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -70,13 +71,18 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """Where a worker stands. `report(step, metrics)` is called by every rank at each checkpoint."""
+    """Where a worker stands.
+
+    should_stop: asked by every rank in every step. Once it is true on one of them, all save a checkpoint and stop.
+    saved: called on rank 0, in the background, with the folder of each checkpoint that is whole.
+    """
 
     run: Path
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    should_stop: Callable[[], bool] = lambda: False
+    saved: Callable[[Path], None] = lambda checkpoint: None
 
 
 class Batches(Protocol):
@@ -102,7 +108,8 @@ def train(
 ) -> Cursor:
     """Train `objective` to `config.steps`, from the newest checkpoint of `context.run` if there is one.
 
-    Every step's metrics go to `metrics.jsonl`, written by rank 0; a resume drops the rows that it will write again.
+    Returns where it ended: before `config.steps` only if a worker was told to stop, and then no step is lost. Every
+    step's metrics go to `metrics.jsonl`, written by rank 0; a resume drops the rows that it will write again.
 
     Args:
         objective: `forward(batch) -> {"losses": {name: scalar}, "metrics": {name: scalar}}`; the loss is their sum.
@@ -119,22 +126,39 @@ def train(
         ids = [context.device] if context.device.type == "cuda" else None
         # Buffers (codebooks, running statistics) are reduced by their owners, so no broadcast each step.
         model = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
-    with Journal(context.run) if context.rank == 0 else contextlib.nullcontext() as journal:
-        if journal is not None:
+    with contextlib.ExitStack() as stack:
+        journal = saver = None
+        losses: deque[float] = deque(maxlen=config.save_every_steps)
+        if context.rank == 0:
+            journal = stack.enter_context(Journal(context.run))
             journal.truncate_after(cursor.step)
-        for batch, wait_s in _prefetch(batches, cursor.step, config.steps):
+            losses.extend(float(row["loss"]) for row in read_journal(journal.path) if "loss" in row)
+            saver = stack.enter_context(CheckpointSaver(context.run, config.keep_checkpoints, context.saved))
+        steps = stack.enter_context(contextlib.closing(_prefetch(batches, cursor.step, config.steps)))
+        pause: dict[str, float] = {}
+        for batch, wait_s in steps:
             started = time.perf_counter()
-            metrics = _step(model, optimizer, batch, cursor.step, context, config, optim)
-            cursor = Cursor(step=cursor.step + 1, keys_digest=_extend(cursor.keys_digest, batch["keys"], context))
+            metrics = _step(model, optimizer, batch, cursor.step, context, config, optim) | pause
+            losses.append(metrics["loss"])
+            digest, is_stopping = _extend(cursor.keys_digest, batch["keys"], context)
+            cursor = Cursor(step=cursor.step + 1, keys_digest=digest, recent_loss=sum(losses) / len(losses))
             step_s = time.perf_counter() - started + wait_s
             metrics |= {
                 "step_s": step_s,
                 "data_wait_share": wait_s / step_s,
                 f"{batches.unit}_per_s": batches.units_per_step / step_s,
+                "num_workers": context.world_size,
             }
             if journal is not None:
                 journal.log(cursor.step, metrics)
-            _write(objective, optimizer, cursor, metrics, context, config, draw)
+            is_last = cursor.step == config.steps or is_stopping
+            if saver is not None:
+                _draw(objective, cursor.step, config, draw)
+                is_due = is_last or cursor.step % config.save_every_steps == 0
+                # The row of this step stands in the journal already, as it must before its checkpoint does.
+                pause = {"checkpoint_pause_s": saver.save(objective, optimizer, cursor)} if is_due else {}
+            if is_last:
+                break
     return cursor
 
 
@@ -149,7 +173,7 @@ def _restore(objective: nn.Module, optimizer: torch.optim.Optimizer, context: Co
     return cursor
 
 
-def _prefetch(batches: Batches, start: int, stop: int) -> Iterator[tuple[Mapping[str, Any], float]]:
+def _prefetch(batches: Batches, start: int, stop: int) -> Generator[tuple[Mapping[str, Any], float]]:
     """Batches of the steps [start, stop), each made while the one before is trained on, with the seconds waited."""
     with ThreadPoolExecutor(1, "loader") as pool:
         ahead = pool.submit(batches.batch, start) if start < stop else None
@@ -195,25 +219,12 @@ def _step(
     return metrics
 
 
-def _write(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    cursor: Cursor,
-    metrics: dict[str, float],
-    context: Context,
-    config: LoopConfig,
-    draw: Callable[[nn.Module, int], None] | None,
-) -> None:
-    last = cursor.step == config.steps
+def _draw(objective: nn.Module, step: int, config: LoopConfig, draw: Callable[[nn.Module, int], None] | None) -> None:
     every = config.picture_every_steps
-    if draw is not None and context.rank == 0 and every and (last or cursor.step % every == 0):
+    if draw is not None and every and (step == config.steps or step % every == 0):
         objective.eval()
-        draw(objective, cursor.step)
+        draw(objective, step)
         objective.train()
-    if last or cursor.step % config.save_every_steps == 0:
-        if context.rank == 0:
-            save_checkpoint(context.run, objective, optimizer, cursor, config.keep_checkpoints)
-        context.report(cursor.step, metrics)
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
@@ -237,8 +248,11 @@ def _mean_over_workers(values: dict[str, Tensor], context: Context) -> dict[str,
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def _extend(digest: str, keys: list[str], context: Context) -> str:
-    """The digest of all keys consumed so far, in the order of the global batch: the same for any number of workers."""
+def _extend(digest: str, keys: list[str], context: Context) -> tuple[str, bool]:
+    """The digest of all keys consumed so far, in the order of the global batch: the same for any number of workers.
+
+    And whether some worker was told to stop, which all of them learn in the same step, as they must.
+    """
     # Each key's hash is weighted by its place; the sum wraps, so it does not depend on who adds what first.
     first = context.rank * len(keys)
     hashes = (
@@ -246,10 +260,11 @@ def _extend(digest: str, keys: list[str], context: Context) -> str:
         for n, key in enumerate(keys)
     )
     total = sum(hashes) % 2**64
-    summed = torch.tensor(total - 2**64 if total >= 2**63 else total, dtype=torch.int64, device=context.device)
+    summed = torch.tensor([total - 2**64 if total >= 2**63 else total, context.should_stop()], device=context.device)
     if context.world_size > 1:
         dist.all_reduce(summed)
-    return hashlib.sha256(f"{digest}:{int(summed)}".encode()).hexdigest()[:16]
+    total, num_stopping = summed.tolist()
+    return hashlib.sha256(f"{digest}:{total}".encode()).hexdigest()[:16], num_stopping > 0
 
 
 def _gather_keys(keys: list[str], context: Context) -> list[str]:

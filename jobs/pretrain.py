@@ -68,7 +68,7 @@ def run(config: PretrainConfig) -> JobResult:
             f"{config.tokens} has codes of a codebook of {codebook_size}; recipe {config.recipe} expects "
             f"{config.backbone.codebook_size}. Pass --backbone.codebook-size {codebook_size}"
         )
-    make_loader(config, rank=0, world_size=config.workers.num_workers)  # a wrong setting fails here, not on the workers
+    make_loader(config, rank=0, world_size=config.workers.fewest)  # a wrong setting fails here, not on the workers
     assert meta.totals is not None
     totals = {name: float(meta.totals[name]) for name in ("committed", "frames", "hours")}
     tokens = DatasetInput(
@@ -94,6 +94,7 @@ def run(config: PretrainConfig) -> JobResult:
         inputs,
         functools.partial(_conclude, config),
         name=f"pretrain {config.recipe} {config.out.name}",
+        num_parts=config.loader.batch_size,
         register_as=config.register_as,
         begin=None if config.continue_from is None else functools.partial(continue_run, config, config.continue_from),
     )
@@ -165,9 +166,8 @@ def continue_run(config: PretrainConfig, run: Path) -> None:
     grid = config.backbone.grid_height, config.backbone.grid_width
     with torch.device("meta"):  # its names are all that is needed
         objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
-    write_checkpoint(
-        config.out, resize_positions(weights, grid), resize_moments(moments, objective, grid), read_cursor(checkpoint)
-    )
+    cursor = replace(read_cursor(checkpoint), recent_loss=None)  # of another task, which says nothing about this one
+    write_checkpoint(config.out, resize_positions(weights, grid), resize_moments(moments, objective, grid), cursor)
 
 
 def make_loader(config: PretrainConfig, *, rank: int, world_size: int) -> TokenLoader:

@@ -66,9 +66,7 @@ class TrainTokenizerConfig:
 
 def run(config: TrainTokenizerConfig) -> JobResult:
     meta = read_meta(config.clips, kind="clips", complete=True)
-    FrameLoader(
-        config.clips, config.loader, rank=0, world_size=config.workers.num_workers
-    )  # fails here, not on workers
+    FrameLoader(config.clips, config.loader, rank=0, world_size=config.workers.fewest)  # fails here, not on workers
     uri = str(config.clips.resolve())
     inputs = [DatasetInput(name=config.clips.name, fingerprint=meta.fingerprint, uri=uri, content=meta.content)]
     if (network := _load_perceptual(config)) is not None:
@@ -85,6 +83,7 @@ def run(config: TrainTokenizerConfig) -> JobResult:
         inputs,
         functools.partial(_conclude, config),
         name=f"train-tokenizer {config.out.name}",
+        num_parts=config.loader.batch_size // config.loader.frames_per_clip,
     )
 
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from jobs import loop
+from jobs.checkpoint import discard, list_checkpoints, read_cursor
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.loop import Batches, Context, LoopConfig, NonFiniteLoss
+from jobs.mirror import MARKER_NAME, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
@@ -31,8 +36,6 @@ from pipeline.files import write_atomic
 from pipeline.schema import fingerprint
 
 log = logging.getLogger(__name__)
-_FAILURE = "failure.json"
-_MARKER = "run.json"
 _NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from")
 """Settings that may change between a run and its resume; inputs count by fingerprint, not by where they lie."""
 
@@ -43,16 +46,45 @@ class WorkersConfig:
 
     num_workers: int = 1
     """Data-parallel workers (DDP): one GPU each, or one CPU each."""
+    min_workers: int | None = None
+    """With it the run is elastic: it starts with this many or more, takes up to num_workers as the cluster has them, and
+    goes on with fewer when it loses some. The batch must divide by it."""
+    resize_every_s: float = 60.0
+    """Seconds between two looks at whether an elastic run can have more workers; taking them costs a restart."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto takes GPUs where the cluster has enough for all workers."""
+    """auto takes GPUs where the cluster has enough for all workers, or for min_workers."""
     max_failures: int = 3
-    """Times that a died worker is replaced, and the run resumed from its checkpoint, before the job fails."""
+    """Times that a died worker is replaced, and the run resumed from its checkpoint, before the job fails; counted anew
+    after a preemption."""
+    max_preemptions: int = 100
+    """Times that workers may be told to stop (SIGTERM, a drained node) and the run goes on with others."""
+    mirror: str = ""
+    """Folder or URL (s3://, gs://, abfs://) that gets a copy of each checkpoint; a run whose own folder is lost goes on
+    from there. Empty for none."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.max_failures < 0:
             raise ConfigError(
                 f"workers: num_workers = {self.num_workers} must be 1 or more, max_failures = {self.max_failures} 0 or more"
             )
+        if self.resize_every_s <= 0 or self.max_preemptions < 0:
+            raise ConfigError(
+                f"workers: resize_every_s = {self.resize_every_s} must be more than 0, max_preemptions = "
+                f"{self.max_preemptions} 0 or more"
+            )
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ConfigError(
+                f"workers: min_workers = {self.min_workers}; allowed: 1 to num_workers = {self.num_workers}, or none"
+            )
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    def usable(self, num_workers: int, num_parts: int) -> int:
+        """How many of `num_workers` can work: the most that `num_parts`, which one step is made of, divides by."""
+        return next(size for size in range(num_workers, 0, -1) if num_parts % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +112,7 @@ def run_training(
     conclude: Callable[[Path], dict[str, Any]],
     *,
     name: str,
+    num_parts: int,
     register_as: str = "",
     begin: Callable[[], None] | None = None,
 ) -> JobResult:
@@ -89,6 +122,7 @@ def run_training(
         config: a config dataclass with `loop`, `optim`, `workers` and `out`; saved as `config.json`.
         build: makes the task on each worker; must be picklable.
         conclude: given the last checkpoint, writes `out/model/` and returns the job's own figures.
+        num_parts: the equal parts that a step is made of and that workers share, such as its clips.
         register_as: name in the MLflow model registry; empty registers nothing.
         begin: writes the checkpoint that a run without one starts from; by default it starts from fresh weights.
 
@@ -97,16 +131,21 @@ def run_training(
         TrainingFailed: the loss became non-finite, or workers died more often than allowed.
     """
     started_s = time.monotonic()
+    workers: WorkersConfig = config.workers
     with lock_folder(out):
+        if workers.mirror:
+            Mirror(workers.mirror).pull(out)
         identity = _open_run(out, config, inputs)
-        if begin is not None and not loop.list_checkpoints(out):
+        if begin is not None and not list_checkpoints(out):
             begin()
         tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
         with Tracker.open(out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs) as tracker:
             if not _is_done(out, config.loop):
-                _fit(job, out, config.loop, config.optim, config.workers, build)
-            checkpoint = loop.list_checkpoints(out)[-1]
-            cursor = loop.read_cursor(checkpoint)
+                _fit(job, out, config.loop, config.optim, workers, build, num_parts)
+            if workers.mirror:
+                Mirror(workers.mirror).pull(out)  # the workers may have another disk
+            checkpoint = list_checkpoints(out)[-1]
+            cursor = read_cursor(checkpoint)
             figures = {**_curve(out), **conclude(checkpoint), "keys_digest": cursor.keys_digest}
             if register_as:
                 tracker.register_model(register_as, out / "model")
@@ -129,7 +168,7 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
     plain = to_plain(config)
     identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
     identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
-    marker = out / _MARKER
+    marker = out / MARKER_NAME
     if marker.exists():
         before = json.loads(marker.read_text())
         if differences := list(config_differences(before, identity)):
@@ -146,78 +185,159 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
 
 def read_run_fingerprint(run: Path) -> str:
     """The fingerprint that a run's job returned: of its settings and inputs."""
-    return fingerprint(**json.loads((run / _MARKER).read_text()))
+    return fingerprint(**json.loads((run / MARKER_NAME).read_text()))
 
 
 def _is_done(out: Path, config: LoopConfig) -> bool:
-    checkpoints = loop.list_checkpoints(out)
-    return bool(checkpoints) and loop.read_cursor(checkpoints[-1]).step >= config.steps
+    checkpoints = list_checkpoints(out)
+    return bool(checkpoints) and read_cursor(checkpoints[-1]).step >= config.steps
 
 
-def _fit(job: str, out: Path, config: LoopConfig, optim: OptimConfig, workers: WorkersConfig, build: BuildTask) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    (out / _FAILURE).unlink(missing_ok=True)
-    settings = {"build": build, "run": out.resolve(), "loop": config, "optim": optim}
+def _fit(
+    job: str,
+    out: Path,
+    config: LoopConfig,
+    optim: OptimConfig,
+    workers: WorkersConfig,
+    build: BuildTask,
+    num_parts: int,
+) -> None:
+    settings = {
+        "build": build,
+        "run": out.resolve(),
+        "loop": config,
+        "optim": optim,
+        "workers": workers,
+        "num_parts": num_parts,
+    }
     with connect(), follow(out / JOURNAL_NAME, job, config.steps):
-        use_gpu = workers.device == "gpu" or (workers.device == "auto" and count("GPU") >= workers.num_workers)
-        if use_gpu and count("GPU") < workers.num_workers:
-            raise ConfigError(
-                f"workers: {workers.num_workers} GPU workers asked for; the cluster has {count('GPU'):g} GPUs"
-            )
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config=settings,
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers.num_workers,
-                use_gpu=use_gpu,
-                # Fewer CPUs than workers is slow, but it is not a reason to wait for ever.
-                resources_per_worker={"CPU": min(1.0, count("CPU") / workers.num_workers), "GPU": int(use_gpu)},
-            ),
-            # Checkpoints are ours; Ray keeps only its own bookkeeping, and a fresh one for each start.
-            run_config=RunConfig(
-                name=uuid.uuid4().hex[:8],
-                storage_path=str(out.resolve() / "ray"),
-                failure_config=FailureConfig(max_failures=workers.max_failures),
-            ),
-        )
-        try:
-            trainer.fit()
-        except Exception as error:  # Ray wraps whatever a worker raised
-            raise TrainingFailed(
-                f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
-            ) from error
-        finally:
-            shutil.rmtree(out / "ray", ignore_errors=True)
-    if (out / _FAILURE).exists():
-        raise TrainingFailed(json.loads((out / _FAILURE).read_text())["error"])
+        for num_preemptions in range(workers.max_preemptions + 1):
+            try:
+                outcome: _Outcome = _make_trainer(out, workers, settings).fit().return_value
+            except ConfigError:
+                raise
+            except Exception as error:  # Ray wraps whatever a worker raised
+                raise TrainingFailed(
+                    f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
+                ) from error
+            finally:
+                shutil.rmtree(out / "ray", ignore_errors=True)
+            if outcome.error:
+                raise TrainingFailed(outcome.error)
+            if outcome.step >= config.steps:
+                return
+            log.info("workers were told to stop, and did after step %d (%d so far)", outcome.step, num_preemptions + 1)
+    raise TrainingFailed(
+        f"{out}: preempted more often than workers.max_preemptions = {workers.max_preemptions}; all {outcome.step} steps "
+        "so far are saved, and the same command resumes"
+    )
 
 
-def _work(settings: dict[str, Any]) -> None:
+def _make_trainer(out: Path, workers: WorkersConfig, settings: dict[str, Any]) -> Any:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+
+    from jobs.preemption import PreemptibleTorchConfig
+
+    use_gpu = workers.device == "gpu" or (workers.device == "auto" and count("GPU") >= workers.fewest)
+    if use_gpu and count("GPU") < workers.fewest:
+        raise ConfigError(f"workers: {workers.fewest} GPU workers asked for; the cluster has {count('GPU'):g} GPUs")
+    is_elastic = workers.min_workers is not None
+    return TorchTrainer(
+        _work,  # type: ignore[arg-type]  # what it returns becomes the result's return_value
+        train_loop_config=settings,
+        torch_config=PreemptibleTorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.fewest, workers.num_workers) if is_elastic else workers.num_workers,
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
+            use_gpu=use_gpu,
+            # Fewer CPUs than workers is slow, but it is not a reason to wait for ever.
+            resources_per_worker={"CPU": min(1.0, count("CPU") / workers.fewest) or 1.0, "GPU": int(use_gpu)},
+        ),
+        # Checkpoints are ours; Ray keeps only its own bookkeeping, and a fresh one for each start.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=str(out.resolve() / "ray"),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures, max_preemption_failures=workers.max_preemptions
+            ),
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """What rank 0 tells the driver: the steps done, and why no start could go further, if so."""
+
+    step: int = 0
+    error: str = ""
+
+
+def _work(settings: dict[str, Any]) -> _Outcome:
     """Runs on each worker."""
     import ray.train
     import ray.train.torch
 
+    from jobs.preemption import should_stop
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    place = ray.train.get_context()
+    place, workers, run = ray.train.get_context(), settings["workers"], settings["run"]
+    rank = place.get_world_rank()
+    world_size = workers.usable(place.get_world_size(), settings["num_parts"])
+    if world_size < place.get_world_size():
+        _leave_out(rank, world_size)
+        if rank >= world_size:
+            return _Outcome()
     context = Context(
-        run=settings["run"],
-        rank=place.get_world_rank(),
-        world_size=place.get_world_size(),
-        device=ray.train.torch.get_device(),
-        report=lambda step, metrics: ray.train.report({"step": step, **metrics}),
+        run=run, rank=rank, world_size=world_size, device=ray.train.torch.get_device(), should_stop=should_stop
     )
+    if workers.mirror:
+        mirror = Mirror(workers.mirror)
+        _settle_start(run, mirror, context)
+        context = replace(context, saved=mirror.push_or_warn)
     # The same initial weights on every rank; what a step draws is seeded by the loop.
     loop.seed_everything(settings["loop"].seed, -1, 0)
     task: Task = settings["build"](context)
     try:
-        loop.train(task.objective, task.batches, context, settings["loop"], settings["optim"], task.draw)
+        cursor = loop.train(task.objective, task.batches, context, settings["loop"], settings["optim"], task.draw)
     except NonFiniteLoss as error:
         # The same step would fail again, so this is told to the driver instead of to Ray, which would retry.
-        if context.rank == 0:
-            (settings["run"] / _FAILURE).write_text(json.dumps({"error": str(error)}))
+        return _Outcome(error=str(error))
+    return _Outcome(step=cursor.step)
+
+
+def _leave_out(rank: int, world_size: int) -> None:
+    """Form the process group anew from the ranks below `world_size`; the others have none afterwards."""
+    if rank == 0:
+        log.info("of %d workers %d work: the batch does not divide by more", dist.get_world_size(), world_size)
+    backend, address = dist.get_backend(), os.environ["MASTER_ADDR"]
+    port: list[int | None] = [None]
+    if rank == 0:
+        with socket.create_server((address, 0)) as free:
+            port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    dist.destroy_process_group()
+    if rank < world_size:
+        dist.init_process_group(backend, f"tcp://{address}:{port[0]}", rank=rank, world_size=world_size)
+
+
+def _settle_start(run: Path, mirror: Mirror, context: Context) -> None:
+    """Make the folders of all workers agree on the newest checkpoint, wherever they lie."""
+    newest: list[str | None] = [None]
+    if context.rank == 0:
+        mirror.pull(run)
+        here = list_checkpoints(run)
+        newest = [here[-1].name if here else ""]
+        if here and here[-1].name not in mirror.list():  # whoever wrote it died before the copy was whole
+            mirror.push(here[-1])
+    if context.world_size > 1:
+        dist.broadcast_object_list(newest)
+    assert newest[0] is not None
+    if newest[0]:
+        mirror.fetch(run, newest[0])
+    for path in list_checkpoints(run):
+        if path.name > newest[0]:
+            discard(path)
 
 
 def _curve(out: Path) -> dict[str, float]:
