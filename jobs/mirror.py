@@ -101,7 +101,10 @@ class Mirror:
             scratch = file.with_name(f".{file.name}.upload")
             scratch.unlink(missing_ok=True)
             os.link(file, scratch)
-        self._store.put(scratch, name)
+        try:
+            self._store.put(scratch, name)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def _download(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch import nn
 
 from jobs.checkpoint import list_checkpoints, load_weights, read_cursor, read_tensors, write_checkpoint
 from jobs.config import CONFIG_NAME, load_config
 from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
+from jobs.model_folder import add_mlflow_model, load_model, write_model
 from jobs.result import JobResult
 from jobs.tokenize import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
@@ -57,7 +56,8 @@ class PretrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     register_as: str = ""
-    """Name in the MLflow model registry; empty registers nothing."""
+    """Name in the MLflow model registry. The last checkpoint becomes its alias `final`, and the one with the lowest mean
+    loss over the loop.save_every_steps before it `best`; empty registers nothing."""
 
 
 def run(config: PretrainConfig) -> JobResult:
@@ -92,6 +92,7 @@ def run(config: PretrainConfig) -> JobResult:
         config,
         functools.partial(_build, replace(config, tokens=config.tokens.resolve())),
         inputs,
+        functools.partial(_export, config),
         functools.partial(_conclude, config),
         name=f"pretrain {config.recipe} {config.out.name}",
         num_parts=config.loader.batch_size,
@@ -222,15 +223,17 @@ def draw_predictions(
     return rows
 
 
-def _conclude(config: PretrainConfig, checkpoint: Path) -> dict[str, Any]:
-    """Write `model/`: the objective's weights and what is needed to build it again."""
+def _export(config: PretrainConfig, checkpoint: Path, folder: Path) -> None:
+    """Write the checkpoint's objective as a model folder; also as one of MLflow's where it will be registered."""
     objective = load_objective(config, checkpoint)
-    folder = config.out / "model"
-    folder.mkdir(exist_ok=True)
-    save_file(
-        {name: value.contiguous() for name, value in objective.state_dict().items()}, folder / "model.safetensors"
-    )
-    description = {"kind": "vimpac", "backbone": asdict(config.backbone), "objective": asdict(config.objective)}
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    num_parameters = sum(parameter.numel() for parameter in objective.backbone.parameters())
-    return {"backbone_parameters": num_parameters}
+    write_model(folder, objective, config.out)
+    if config.register_as:
+        try:
+            add_mlflow_model(folder, objective)
+        except Exception as error:  # MLflow and torch.export are no reason to lose a finished run
+            log.warning("%s is no MLflow model: %s", folder, error)
+
+
+def _conclude(config: PretrainConfig) -> dict[str, Any]:
+    objective = load_model(config.out / "model")
+    return {"backbone_parameters": sum(parameter.numel() for parameter in objective.backbone.parameters())}

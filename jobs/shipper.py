@@ -102,8 +102,8 @@ class Shipper:
         for path in [self._out / JOURNAL_NAME, *sorted(self._out.glob("system*.jsonl"))]:
             self._ship_journal(path)
         self._ship_files(sorted(self._out.glob("pictures/*.png")), "pictures")
-        if spool["model"] is not None:
-            self._ship_model(spool["model"], spool["tags"])
+        for alias, model in spool["models"].items():
+            self._ship_model(alias, model, spool["tags"])
         if self._closing.is_set() and (ending := spool["ending"]) is not None:
             self._ship_ending(ending)
 
@@ -275,31 +275,38 @@ class Shipper:
                 self._state["files"][key] = version
                 self._save_state()
 
-    def _ship_model(self, model: dict[str, str], tags: dict[str, str]) -> None:
+    def _ship_model(self, alias: str, model: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.exceptions import MlflowException
 
         name, folder = model["name"], Path(model["folder"])
         files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
         digest = digest_text([[str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for path, stat in files])
-        if digest in self._state["models"].get(name, []):
+        known: dict[str, str] = self._state["models"]
+        if known.get(f"{name}@{alias}") == digest:
             return
         if not files:
             self._warn(f"no model registered: {folder} holds no file")
             return
-        # A version must keep its bytes: the model of a run that was continued goes to a folder of its own.
-        where = f"model-{digest[:8]}" if self._state["models"] else "model"
-        self._client.log_artifacts(self.run_id, str(folder), where)
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
-        if not any(one.name == name and one.tags.get("tokenreel.digest") == digest for one in versions):
+        same = [one for one in versions if one.name == name and one.tags.get("tokenreel.digest") == digest]
+        if same:
+            version = same[0]
+        else:
+            # A version must keep its bytes: the model of a run that was continued goes to a folder of its own.
+            where = f"{alias}_model-{digest[:8]}" if f"{name}@{alias}" in known else f"{alias}_model"
+            self._client.log_artifacts(self.run_id, str(folder), where)
             source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{where}"
             lineage = {key: value for key, value in tags.items() if key.startswith("tokenreel.")}
-            self._client.create_model_version(name, source, self.run_id, {**lineage, "tokenreel.digest": digest})
-        self._state["models"].setdefault(name, []).append(digest)
+            version = self._client.create_model_version(
+                name, source, self.run_id, {**lineage, "tokenreel.digest": digest}
+            )
+        self._client.set_registered_model_alias(name, alias, version.version)
+        known[f"{name}@{alias}"] = digest
         self._save_state()
 
     def _ship_ending(self, ending: dict[str, Any]) -> None:

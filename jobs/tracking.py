@@ -130,7 +130,7 @@ class Tracker:
             "params": {clean_name(key): str(value)[:_MAX_PARAM] for key, value in _flatten(params or {})},
             "tags": {clean_name(key): str(value)[:MAX_TAG] for key, value in all_tags.items()},
             "inputs": [asdict(one) for one in records],
-            "model": before.get("model"),
+            "models": before.get("models") or {},
             "ending": None,
         }
         return cls(out, spool, resolve_tracking_uri(), sample_system=sample_system)
@@ -145,12 +145,13 @@ class Tracker:
         self._spool["tags"].update({clean_name(key): str(value)[:MAX_TAG] for key, value in tags.items()})
         self._save()
 
-    def register_model(self, name: str, folder: Path) -> None:
-        """Upload `folder` (safetensors and config) as the run's artifact `model/` and register it as a version of
-        `name`. The version has the run's `tokenreel.*` tags, so it leads back to its corpus. The folder must stay as it
-        is until `close`. Unchanged files are registered once; one model a run.
+    def register_model(self, name: str, folder: Path, alias: str) -> None:
+        """Upload `folder` as the run's artifact `ALIAS_model/` and register it as the version of `name` that `alias` names
+        from then on, such as "final" or "best". The version has the run's `tokenreel.*` tags, so it leads back to its
+        corpus. The folder must stay as it is until `close`. Equal files are registered once, under all their aliases.
         """
-        self._spool["model"] = {"name": re.sub(r"[/:]", "-", clean_name(name)), "folder": str(Path(folder).resolve())}
+        cleaned = re.sub(r"[/:]", "-", clean_name(name))
+        self._spool["models"][alias] = {"name": cleaned, "folder": str(Path(folder).resolve())}
         self._save()
 
     def finish(

@@ -81,6 +81,7 @@ def run(config: TrainTokenizerConfig) -> JobResult:
         config,
         functools.partial(_build, replace(config, clips=config.clips.resolve())),
         inputs,
+        functools.partial(_export, config),
         functools.partial(_conclude, config),
         name=f"train-tokenizer {config.out.name}",
         num_parts=config.loader.batch_size // config.loader.frames_per_clip,
@@ -120,12 +121,16 @@ def _load_perceptual(config: TrainTokenizerConfig, device: str | torch.device = 
     return network
 
 
-def _conclude(config: TrainTokenizerConfig, checkpoint: Path) -> dict[str, Any]:
-    """Save the tokenizer, and measure it on frames that it was not trained on where the dataset has some."""
+def _export(config: TrainTokenizerConfig, checkpoint: Path, folder: Path) -> None:
     objective = VqvaeObjective(Vqvae(config.tokenizer), VqvaeObjectiveConfig())  # its weights alone are of interest
     load_weights(checkpoint, objective)
-    tokenizer = objective.tokenizer.eval()
-    tokenizer.save(config.out / "model")
+    objective.tokenizer.eval().save(folder)
+
+
+def _conclude(config: TrainTokenizerConfig) -> dict[str, Any]:
+    """Measure the tokenizer, on frames that it was not trained on where the dataset has some."""
+    tokenizer = load_tokenizer(config.out / "model")
+    assert isinstance(tokenizer, Vqvae)
     split: Split = "val" if "val" in read_index(config.clips, ["split"])["split"].to_pylist() else "train"
     return {"tokenizer_fingerprint": tokenizer.fingerprint(), "eval_split": split, **_measure(tokenizer, config, split)}
 

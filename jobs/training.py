@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs import loop
-from jobs.checkpoint import discard, list_checkpoints, read_cursor
+from jobs.checkpoint import best_checkpoint, discard, list_checkpoints, read_cursor
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
@@ -109,7 +109,8 @@ def run_training(
     config: Any,
     build: BuildTask,
     inputs: Sequence[DatasetInput],
-    conclude: Callable[[Path], dict[str, Any]],
+    export: Callable[[Path, Path], None],
+    conclude: Callable[[], dict[str, Any]],
     *,
     name: str,
     num_parts: int,
@@ -121,7 +122,8 @@ def run_training(
     Args:
         config: a config dataclass with `loop`, `optim`, `workers` and `out`; saved as `config.json`.
         build: makes the task on each worker; must be picklable.
-        conclude: given the last checkpoint, writes `out/model/` and returns the job's own figures.
+        export: writes the model of a checkpoint to a folder: the last one's to `out/model`.
+        conclude: called after that; returns the job's own figures.
         num_parts: the equal parts that a step is made of and that workers share, such as its clips.
         register_as: name in the MLflow model registry; empty registers nothing.
         begin: writes the checkpoint that a run without one starts from; by default it starts from fresh weights.
@@ -146,9 +148,16 @@ def run_training(
                 Mirror(workers.mirror).pull(out)  # the workers may have another disk
             checkpoint = list_checkpoints(out)[-1]
             cursor = read_cursor(checkpoint)
-            figures = {**_curve(out), **conclude(checkpoint), "keys_digest": cursor.keys_digest}
+            export(checkpoint, out / "model")
+            figures = {**_curve(out), **conclude(), "keys_digest": cursor.keys_digest}
             if register_as:
-                tracker.register_model(register_as, out / "model")
+                best, folder = best_checkpoint(out), out / "model"
+                if best != checkpoint:
+                    folder = out / "best_model"
+                    export(best, folder)
+                figures["best_step"] = read_cursor(best).step
+                tracker.register_model(register_as, out / "model", "final")
+                tracker.register_model(register_as, folder, "best")
             summary = {f"final_{key}": float(value) for key, value in figures.items() if isinstance(value, int | float)}
             tracker.finish("FINISHED", summary, [out / CONFIG_NAME])
     return JobResult(
@@ -255,7 +264,7 @@ def _make_trainer(out: Path, workers: WorkersConfig, settings: dict[str, Any]) -
             resources_per_worker={"CPU": min(1.0, count("CPU") / workers.fewest) or 1.0, "GPU": int(use_gpu)},
         ),
         # Checkpoints are ours; Ray keeps only its own bookkeeping, and a fresh one for each start.
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # the stub is that of Ray Train v1
             name=uuid.uuid4().hex[:8],
             storage_path=str(out.resolve() / "ray"),
             failure_config=FailureConfig(

@@ -196,7 +196,7 @@ class VimpacBackbone(nn.Module):
         pad = tokens == config.pad_id
         position = self.position_t[:, None, None] + self.position_h[:, None] + self.position_w
         x = rearrange(self.token(tokens) + position, "n t h w d -> n (t h w) d")
-        cls = (self.cls + self.position_cls).expand(len(x), 1, -1)
+        cls = (self.cls + self.position_cls).expand(x.shape[0], 1, -1)
         x = self.dropout(self.norm(torch.cat([cls, x], dim=1)))
         outputs = []
         for layer in self.layers:

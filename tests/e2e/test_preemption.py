@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,34 +16,48 @@ import pytest
 from jobs import pretrain
 from jobs.journal import read_journal
 from jobs.training import TrainingFailed, WorkersConfig
-from tests.conftest import Stages, small_pretrain_config
-from tests.e2e.test_kill_and_resume import losses
+from tests.e2e.training import make_config, make_tokens
 
-STEPS = 60
-LONG = {"steps": STEPS, "save_every_steps": 1000, "picture_every_steps": 0}
+LOOP = {"steps": 60, "save_every_steps": 1000}
 
 
 @contextlib.contextmanager
-def sigterm_to_a_worker(journal: Path, at_step: int) -> Iterator[threading.Event]:
-    """Send SIGTERM to one training worker when the journal has `at_step` rows; the event tells that it was sent."""
+def sigterm_to_a_worker(journal: Path, after: int) -> Iterator[None]:
+    """Send SIGTERM to a training worker when the journal has a step after `after`."""
     sent = threading.Event()
 
     def watch() -> None:
-        while sum(1 for _ in read_journal(journal)) < at_step:
+        while not any(row["step"] > after for row in read_journal(journal)):
             time.sleep(0.01)
         workers = [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(one.info["cmdline"])]
         workers[-1].send_signal(signal.SIGTERM)
         sent.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    yield sent
-
-
-def test_a_worker_that_gets_sigterm_costs_no_step(stages: Stages, tmp_path: Path) -> None:
-    config = small_pretrain_config(stages.tokens, tmp_path / "run")
-    config = replace(config, register_as="", loop=replace(config.loop, **LONG))
-    with sigterm_to_a_worker(tmp_path / "run" / "metrics.jsonl", 3) as sent:
-        result = pretrain.run(config)
+    yield
     assert sent.is_set()
-    print([(row["step"], row["time_s"], row["step_s"], row.get("checkpoint_pause_s")) for row in read_journal(tmp_path / "run" / "metrics.jsonl")])
-    assert result.committed == STEPS
+
+
+def test_sigterm_to_a_worker_costs_no_step_and_a_run_may_go_on_with_others(cluster: str, tmp_path: Path) -> None:
+    """Two workers, one, two again, from steps at which no checkpoint was due; against a run of one that nobody stops."""
+    tokens, out = make_tokens(tmp_path / "tokens"), tmp_path / "run"
+    two = WorkersConfig(num_workers=2, max_failures=0, max_preemptions=0)
+    one = replace(two, num_workers=1)
+    whole = pretrain.run(make_config(tokens, tmp_path / "whole", one, **LOOP))
+    after = 0
+    for workers in (two, one):
+        t = time.time()
+        with (
+            sigterm_to_a_worker(out / "metrics.jsonl", after),
+            pytest.raises(TrainingFailed, match=r"max_preemptions = 0; all \d+ steps so far are saved"),
+        ):
+            pretrain.run(make_config(tokens, out, workers, **LOOP))
+        after = int(max((out / "checkpoints").iterdir()).name)
+        print(after, time.time() - t)
+    resized = pretrain.run(make_config(tokens, out, two, **LOOP))
+    rows = list(read_journal(out / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    sizes = [row["num_workers"] for row in rows]
+    assert sorted(set(sizes)) == [1, 2] and sizes[0] == sizes[-1] == 2
+    assert resized.figures["keys_digest"] == whole.figures["keys_digest"]
+    print([(a["loss"], b["loss"]) for a, b in zip(rows, read_journal(tmp_path / "whole" / "metrics.jsonl"))])

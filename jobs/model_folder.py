@@ -1,0 +1,103 @@
+"""The folder of a pre-trained model, which our own loader and MLflow's both read, and in which nothing is a pickle of ours.
+
+model/
+  model.safetensors, config.json    weights of backbone and heads, and what to build them into: `load_model`
+  run_config.json                   the resolved config of the run
+  MLmodel, data/model.pt2, ...      the backbone as a traced graph: `mlflow.pytorch.load_model`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jobs.config import CONFIG_NAME
+from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
+from pipeline.errors import ConfigError
+
+log = logging.getLogger(__name__)
+_WEIGHTS = "model.safetensors"
+_DESCRIPTION = "config.json"
+_RUN_CONFIG = "run_config.json"
+
+
+def write_model(folder: Path, objective: VimpacObjective, run: Path) -> None:
+    """Write the weights of `objective`, its description, and the config of `run`, which `load_model` reads."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in objective.state_dict().items()}, folder / _WEIGHTS)
+    description = {
+        "kind": "vimpac",
+        "backbone": asdict(objective.backbone.config),
+        "objective": asdict(objective.config),
+    }
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    shutil.copyfile(run / CONFIG_NAME, folder / _RUN_CONFIG)
+
+
+def load_model(folder: Path) -> VimpacObjective:
+    """The objective that `write_model` wrote, in eval mode; its `backbone` is the pre-trained network.
+
+    Raises:
+        ConfigError: `folder` holds no such model.
+        RuntimeError: weights that do not fit the description.
+    """
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_text())
+        backbone = VimpacConfig(**description["backbone"])
+        config = VimpacObjectiveConfig(**description["objective"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} holds no pre-trained model; give the model/ of `tokenreel pretrain`: {error}"
+        ) from error
+    objective = VimpacObjective(VimpacBackbone(backbone), config)
+    objective.load_state_dict(load_file(folder / _WEIGHTS))
+    return objective.eval()
+
+
+class Features(nn.Module):
+    """The backbone with one tensor as its output, as MLflow wants it: tokens (n t h w) -> (n 1+t*h*w d), CLS first."""
+
+    def __init__(self, backbone: VimpacBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        features = self.backbone(tokens)
+        return torch.cat([features.cls[:, None], features.tokens.flatten(1, 3)], dim=1)
+
+
+def add_mlflow_model(folder: Path, objective: VimpacObjective) -> None:
+    """Make `folder` an MLflow model too, with a signature, that gives `Features` for any number of clips.
+
+    The graph is stored as `torch.export` writes it. MLflow loads that format with pickling refused, which is its default.
+    """
+    import mlflow.pytorch
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Schema, TensorSpec
+
+    backbone = objective.backbone.config
+    example = torch.zeros(2, *backbone.shape, dtype=torch.int64).numpy()
+    num_features = 1 + backbone.num_frames * backbone.grid_height * backbone.grid_width
+    signature = ModelSignature(
+        Schema([TensorSpec(example.dtype, (-1, *backbone.shape))]),
+        Schema([TensorSpec(torch.zeros(0).numpy().dtype, (-1, num_features, backbone.hidden))]),
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        place = Path(scratch) / "model"
+        mlflow.pytorch.save_model(
+            Features(objective.backbone).eval(),
+            str(place),
+            signature=signature,
+            input_example=example,
+            serialization_format="pt2",
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}"],
+        )
+        shutil.copytree(place, folder, dirs_exist_ok=True)

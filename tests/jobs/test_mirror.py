@@ -1,0 +1,88 @@
+"""A run's copy in a store: whole checkpoints only, and a lost folder comes back from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.checkpoint import list_checkpoints, read_cursor
+from jobs.journal import read_journal
+from jobs.loop import Context, train
+from jobs.mirror import Mirror
+from tests.jobs.test_loop import CONFIG, OPTIM, Noisy, Steps, losses, run_loop
+from tests.object_server import Fault, ObjectServer, serve_objects
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectServer]:
+    with serve_objects() as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, objects: ObjectServer) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "mirror")
+    return objects.url(f"{objects.make_bucket(tmp_path.name.replace('_', '-')[:40].lower())}/run")
+
+
+def run_with(run: Path, mirror: Mirror, batches: Steps | None = None) -> None:
+    train(Noisy(), batches or Steps(), Context(run=run, saved=mirror.push_or_warn), CONFIG, OPTIM)
+
+
+class Killed(Exception):
+    pass
+
+
+class Dies(Steps):
+    def batch(self, step: int) -> dict[str, object]:
+        if step == 5:
+            raise Killed
+        return super().batch(step)
+
+
+def test_a_lost_folder_goes_on_from_the_store_bit_for_bit(place: str, tmp_path: Path) -> None:
+    whole = run_loop(tmp_path / "whole")
+    run, mirror = tmp_path / "run", Mirror(place)
+    run.mkdir()
+    (run / "run.json").write_text('{"a": 1}')
+    with pytest.raises(Killed):
+        run_with(run, mirror, Dies())
+    shutil.rmtree(run)
+    mirror.pull(run)
+    assert [path.name for path in list_checkpoints(run)] == mirror.list() == ["00000002", "00000004"]
+    assert json.loads((run / "run.json").read_text()) == {"a": 1}
+    # The row of a step that was done meanwhile may have come along; the resume drops it.
+    assert [row["step"] for row in read_journal(run / "metrics.jsonl")][:4] == [1, 2, 3, 4]
+    run_with(run, mirror)
+    assert losses(list(read_journal(run / "metrics.jsonl"))) == losses(whole)
+    shutil.rmtree(run)
+    mirror.pull(run)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        ours, theirs = (list_checkpoints(tmp_path / folder)[-1] / name for folder in ("run", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert not list(run.rglob(".*"))
+
+
+def test_checkpoints_that_the_run_has_no_longer_leave_the_store(place: str, tmp_path: Path) -> None:
+    mirror = Mirror(place)
+    run_with(tmp_path / "run", mirror)
+    shutil.rmtree(list_checkpoints(tmp_path / "run")[0])
+    mirror.push(list_checkpoints(tmp_path / "run")[-1])
+    assert mirror.list() == ["00000004", "00000006"]
+
+
+def test_an_upload_that_breaks_off_leaves_no_checkpoint_and_stops_no_training(
+    objects: ObjectServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror = Mirror(objects.url(f"{objects.make_bucket('half')}/run"))
+    objects.inject(Fault(kind="status", method="P*", target="/half/run/checkpoints/00000004/optimizer*", status=403))
+    run_with(tmp_path / "run", mirror)
+    assert mirror.list() == ["00000002", "00000006"]
+    assert "no copy of" in caplog.text and "00000004" in caplog.text
+    assert read_cursor(list_checkpoints(tmp_path / "run")[-1]).step == 6
+    objects.heal()
