@@ -64,6 +64,9 @@ _JOBS = {
     "bench decode": _Job(
         module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
     ),
+    "bench loop": _Job(
+        module="jobs.bench.loop", config="BenchLoopConfig", summary="what tracking and checkpoints cost a step"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
 

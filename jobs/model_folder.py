@@ -77,7 +77,8 @@ class Features(nn.Module):
 def add_mlflow_model(folder: Path, objective: VimpacObjective) -> None:
     """Make `folder` an MLflow model too, with a signature, that gives `Features` for any number of clips.
 
-    The graph is stored as `torch.export` writes it. MLflow loads that format with pickling refused, which is its default.
+    The graph is stored as `torch.export` writes it, the one format of MLflow's that loads with
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. That is for whoever loads models of others to set: MLflow's default is true.
     """
     import mlflow.pytorch
     from mlflow.models import ModelSignature

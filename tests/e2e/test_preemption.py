@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +15,9 @@ import psutil
 import pytest
 
 from jobs import pretrain
+from jobs.checkpoint import list_checkpoints
 from jobs.journal import read_journal
+from jobs.tracking import read_run_id
 from jobs.training import TrainingFailed, WorkersConfig
 from tests.e2e.training import make_config, make_tokens
 
@@ -39,25 +42,30 @@ def sigterm_to_a_worker(journal: Path, after: int) -> Iterator[None]:
 
 
 def test_sigterm_to_a_worker_costs_no_step_and_a_run_may_go_on_with_others(cluster: str, tmp_path: Path) -> None:
-    """Two workers, one, two again, from steps at which no checkpoint was due; against a run of one that nobody stops."""
+    """Two workers, one, two again, from steps at which no checkpoint was due; against a run of one that nobody stops.
+
+    Between them the run's folder is lost, and comes back from its mirror.
+    """
     tokens, out = make_tokens(tmp_path / "tokens"), tmp_path / "run"
-    two = WorkersConfig(num_workers=2, max_failures=0, max_preemptions=0)
+    two = WorkersConfig(num_workers=2, max_failures=0, max_preemptions=0, mirror=str(tmp_path / "mirror"))
     one = replace(two, num_workers=1)
-    whole = pretrain.run(make_config(tokens, tmp_path / "whole", one, **LOOP))
-    after = 0
+    whole = pretrain.run(make_config(tokens, tmp_path / "whole", WorkersConfig(), **LOOP))
+    after, run_ids = 0, set()
     for workers in (two, one):
-        t = time.time()
         with (
             sigterm_to_a_worker(out / "metrics.jsonl", after),
             pytest.raises(TrainingFailed, match=r"max_preemptions = 0; all \d+ steps so far are saved"),
         ):
             pretrain.run(make_config(tokens, out, workers, **LOOP))
-        after = int(max((out / "checkpoints").iterdir()).name)
-        print(after, time.time() - t)
+        after = int(list_checkpoints(out)[-1].name)
+        run_ids.add(read_run_id(out))
+        shutil.rmtree(out)
     resized = pretrain.run(make_config(tokens, out, two, **LOOP))
     rows = list(read_journal(out / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, 61))
     sizes = [row["num_workers"] for row in rows]
     assert sorted(set(sizes)) == [1, 2] and sizes[0] == sizes[-1] == 2
     assert resized.figures["keys_digest"] == whole.figures["keys_digest"]
-    print([(a["loss"], b["loss"]) for a, b in zip(rows, read_journal(tmp_path / "whole" / "metrics.jsonl"))])
+    assert run_ids == {resized.mlflow_run_id}
+    expected = {row["step"]: row["loss"] for row in read_journal(tmp_path / "whole" / "metrics.jsonl")}
+    assert {row["step"]: row["loss"] for row in rows} == pytest.approx(expected, rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.checkpoint import list_checkpoints, load_weights, read_cursor
+from jobs.checkpoint import (
+    CheckpointSaver,
+    Cursor,
+    best_checkpoint,
+    list_checkpoints,
+    load_weights,
+    read_cursor,
+)
 from jobs.journal import read_journal
 from jobs.loop import Context, LoopConfig, NonFiniteLoss, train
 from models.optim import OptimConfig
@@ -90,8 +98,77 @@ def test_what_a_step_reports(tmp_path: Path) -> None:
 def test_checkpoints_are_saved_as_often_and_kept_as_many_as_told(tmp_path: Path) -> None:
     run_loop(tmp_path / "all")
     assert [path.name for path in list_checkpoints(tmp_path / "all")] == ["00000002", "00000004", "00000006"]
-    run_loop(tmp_path / "few", replace(CONFIG, save_every_steps=4, keep_checkpoints=1))
-    assert [path.name for path in list_checkpoints(tmp_path / "few")] == ["00000006"]
+    rows = run_loop(tmp_path / "few", replace(CONFIG, save_every_steps=2, keep_checkpoints=1))
+    recent = {step: (rows[step - 2]["loss"] + rows[step - 1]["loss"]) / 2 for step in (2, 4, 6)}
+    best = min(recent, key=recent.__getitem__)
+    assert {int(path.name) for path in list_checkpoints(tmp_path / "few")} == {best, 6}
+    assert int(best_checkpoint(tmp_path / "few").name) == best
+    assert read_cursor(best_checkpoint(tmp_path / "few")).recent_loss == pytest.approx(recent[best])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_worker_that_is_told_to_stop_saves_that_step_and_loses_none(stop: int, tmp_path: Path) -> None:
+    whole = run_loop(tmp_path / "whole")
+    asked = iter(range(1, 99))
+    context = Context(run=tmp_path / "run", should_stop=lambda: next(asked) == stop)
+    assert train(Noisy(), Steps(), context, CONFIG, OPTIM).step == stop
+    assert read_cursor(list_checkpoints(tmp_path / "run")[-1]).step == stop
+    assert [row["step"] for row in read_journal(tmp_path / "run" / "metrics.jsonl")] == list(range(1, stop + 1))
+    assert losses(run_loop(tmp_path / "run")) == losses(whole)
+
+
+def test_saving_goes_on_behind_the_steps_one_at_a_time_and_is_waited_for_at_the_end(tmp_path: Path) -> None:
+    saved: list[str] = []
+    released = threading.Event()
+
+    def hold(checkpoint: Path) -> None:
+        assert released.wait(10)
+        saved.append(checkpoint.name)
+
+    class Releases(Steps):
+        def batch(self, step: int) -> dict[str, Any]:
+            if step == 3:  # asked for while step 3 runs, after the checkpoint of step 2 was begun
+                assert not saved
+                released.set()
+            return super().batch(step)
+
+    train(Noisy(), Releases(), Context(run=tmp_path, saved=hold), CONFIG, OPTIM)
+    assert saved == ["00000002", "00000004", "00000006"]
+    pauses = {
+        row["step"]: row["checkpoint_pause_s"]
+        for row in read_journal(tmp_path / "metrics.jsonl")
+        if "checkpoint_pause_s" in row
+    }
+    assert pauses.keys() == {3, 5} and all(0 < pause < 5 for pause in pauses.values())
+
+
+def test_a_checkpoint_holds_the_weights_of_its_step_whatever_the_next_steps_do(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    weight = model.weight.detach().clone()
+    held = threading.Event()
+    with CheckpointSaver(tmp_path, 9, lambda checkpoint: None) as saver:
+        saver._pool.submit(held.wait, 10)  # the writer is busy, so the write comes after the change
+        saver.save(model, optimizer, Cursor(step=1))
+        with torch.no_grad():
+            model.weight.zero_()
+        held.set()
+    load_weights(list_checkpoints(tmp_path)[-1], model)
+    assert torch.equal(model.weight, weight)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+    run_loop(tmp_path)
+    left = tmp_path / "checkpoints" / ".00000008.1.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+
+    def fails(checkpoint: Path) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train(Noisy(), Steps(), Context(run=tmp_path, saved=fails), replace(CONFIG, steps=8), OPTIM)
+    assert not left.exists()
 
 
 def test_pictures_are_drawn_in_eval_mode_and_change_no_loss(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def test_run_holds_everything(tmp_path: Path, client: Any) -> None:
         (out / "pictures").mkdir()
         (out / "pictures" / "reconstructions_00000100.png").write_bytes(b"png")
         tracker.tag({"tokenreel.fingerprint": "b" * 32})
-        tracker.register_model("tiny", weights)
+        tracker.register_model("tiny", weights, "final")
+        tracker.register_model("tiny", weights, "best")
         tracker.finish("FINISHED", {"val/accuracy": 0.5}, [config, tmp_path / "missing.html"])
         assert tracker.close()
     run = client.get_run(tracker.run_id)
@@ -137,10 +138,15 @@ def test_run_holds_everything(tmp_path: Path, client: Any) -> None:
     rows = list(read_journal(out / "metrics.jsonl"))
     assert [one.timestamp for one in history] == [int(row["time_s"] * 1000) for row in rows]
     assert run.data.metrics["val/accuracy"] == 0.5
-    names = {file.path for path in (None, "pictures", "model") for file in client.list_artifacts(run.info.run_id, path)}
-    assert names >= {"config.json", "pictures/reconstructions_00000100.png", "model/model.safetensors"}
+    names = {
+        file.path for path in (None, "pictures", "final_model") for file in client.list_artifacts(run.info.run_id, path)
+    }
+    assert names >= {"config.json", "pictures/reconstructions_00000100.png", "final_model/model.safetensors"}
     (version,) = client.search_model_versions("name = 'tiny'")
     assert version.run_id == tracker.run_id and version.tags["tokenreel.parent_fingerprint"] == "a" * 32
+    assert {client.get_model_version_by_alias("tiny", alias).version for alias in ("final", "best")} == {
+        version.version
+    }
 
     import mlflow
 
@@ -287,31 +293,59 @@ def test_server_away_for_the_whole_job_and_back(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "away")
     monkeypatch.setattr(shipper, "_BACKOFF_MAX_S", 0.5)
-    out, weights = tmp_path / "out", tmp_path / "weights"
-    weights.mkdir()
-    (weights / "model.safetensors").write_bytes(b"0" * 100)
-    with open_tracker(out) as first:  # nobody listens from beginning to end
+    out, final, best = tmp_path / "out", tmp_path / "final", tmp_path / "best"
+    for weights in (final, best):
+        weights.mkdir()
+        (weights / "model.safetensors").write_bytes(weights.name.encode())
+    (out / "pictures").mkdir(parents=True)
+    (out / "pictures" / "predictions_00000004.png").write_bytes(b"png")
+    with open_tracker(out, params={"optim": {"lr": 0.5}}) as first:  # nobody listens from beginning to end
         with Journal(out) as journal:
             for step in range(10):
                 journal.log(step, {"loss": step})
-        first.register_model("away", weights)
+        first.register_model("away", final, "final")
+        first.register_model("away", best, "best")
     assert first.run_id is None
-    tracker = open_tracker(out)  # the same command again, still nobody
+    tracker = open_tracker(out, params={"optim": {"lr": 0.5}})  # the same command again, still nobody
     with Journal(out) as journal:
         for step in range(10, 20):
             journal.log(step, {"loss": step})
         server.start()
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 90
         while tracker.run_id is None and time.monotonic() < deadline_s:
             time.sleep(0.1)
         for step in range(20, 30):
             journal.log(step, {"loss": step})
     tracker.finish("FINISHED")
-    assert tracker.close()
+    assert tracker.close(60)
     assert read_steps(client, out, "loss") == [(step, step) for step in range(30)]
-    assert client.get_run(tracker.run_id).info.status == "FINISHED"
-    (version,) = client.search_model_versions("name = 'away'")
-    assert version.run_id == tracker.run_id
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.data.params["optim.lr"] == "0.5"
+    served = open_client(server.uri)
+    assert [file.path for file in served.list_artifacts(tracker.run_id, "pictures")] == [
+        "pictures/predictions_00000004.png"
+    ]
+    for alias in ("final", "best"):
+        assert served.get_model_version_by_alias("away", alias).run_id == tracker.run_id
+        path = served.download_artifacts(tracker.run_id, f"{alias}_model/model.safetensors", str(tmp_path))
+        assert Path(path).read_text() == alias
+
+
+def test_a_run_that_goes_on_registers_its_new_model_beside_the_old_one(tmp_path: Path, client: Any) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    model.mkdir()
+    versions = []
+    for steps in ("one", "two"):
+        (model / "model.safetensors").write_text(steps)
+        tracker = open_tracker(out)
+        tracker.register_model("longer", model, "final")
+        tracker.finish("FINISHED")
+        assert tracker.close(60)
+        versions.append(client.get_model_version_by_alias("longer", "final"))
+    assert [
+        Path(client.download_artifacts(one.run_id, Path(one.source).name), "model.safetensors").read_text()
+        for one in versions
+    ] == ["one", "two"]
 
 
 def test_two_jobs_make_one_store(tmp_path: Path) -> None:
