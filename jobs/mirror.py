@@ -16,6 +16,7 @@ from jobs.checkpoint import STATE_NAME, list_checkpoints
 from jobs.journal import JOURNAL_NAME
 from jobs.spool import SPOOL_NAME
 from jobs.spool import STATE_NAME as MLFLOW_STATE_NAME
+from pipeline.errors import ConfigError
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
@@ -59,15 +60,24 @@ class Mirror:
         except Exception as error:
             log.warning("no copy of %s in %s: %s. Training goes on", checkpoint, self._store, error)
 
+    def pull_identity(self, run: Path) -> None:
+        """Fetch who the run is, where `run` does not know it.
+
+        Raises:
+            ConfigError: the store holds another run than the folder.
+        """
+        for name in _IDENTITY:
+            if not (run / name).exists() and self._store.exists(name):
+                self._download(name, run / name)
+        if self._store.exists(MARKER_NAME) and self._store.read(MARKER_NAME) != (run / MARKER_NAME).read_bytes():
+            raise ConfigError(f"workers.mirror = {self._store} holds another run than {run}; choose another one")
+
     def pull(self, run: Path) -> None:
-        """Fetch every checkpoint that `run` lacks, who the run is if unknown, and the curve if a newer one came."""
+        """Fetch every checkpoint that `run` lacks, and the curve where a newer one came."""
         newest_here = max((path.name for path in list_checkpoints(run)), default="")
         names = self.list()
         for name in names:
             self.fetch(run, name)
-        for name in _IDENTITY:
-            if not (run / name).exists() and self._store.exists(name):
-                self._download(name, run / name)
         if names and names[-1] > newest_here:
             self._download(JOURNAL_NAME, run / JOURNAL_NAME)
 

@@ -82,9 +82,10 @@ class WorkersConfig:
         """The fewest workers that the run goes on with."""
         return self.num_workers if self.min_workers is None else self.min_workers
 
-    def usable(self, num_workers: int, num_parts: int) -> int:
-        """How many of `num_workers` can work: the most that `num_parts`, which one step is made of, divides by."""
-        return next(size for size in range(num_workers, 0, -1) if num_parts % size == 0)
+
+def usable_workers(num_workers: int, num_parts: int) -> int:
+    """How many of `num_workers` can work: the most that `num_parts`, which one step is made of, divides by."""
+    return next(size for size in range(num_workers, 0, -1) if num_parts % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,17 +136,20 @@ def run_training(
     started_s = time.monotonic()
     workers: WorkersConfig = config.workers
     with lock_folder(out):
-        if workers.mirror:
-            Mirror(workers.mirror).pull(out)
+        mirror = Mirror(workers.mirror) if workers.mirror else None
+        if mirror is not None:
+            mirror.pull_identity(out)
         identity = _open_run(out, config, inputs)
+        if mirror is not None:
+            mirror.pull(out)
         if begin is not None and not list_checkpoints(out):
             begin()
         tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
         with Tracker.open(out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs) as tracker:
             if not _is_done(out, config.loop):
                 _fit(job, out, config.loop, config.optim, workers, build, num_parts)
-            if workers.mirror:
-                Mirror(workers.mirror).pull(out)  # the workers may have another disk
+            if mirror is not None:
+                mirror.pull(out)  # the workers may have another disk
             checkpoint = list_checkpoints(out)[-1]
             cursor = read_cursor(checkpoint)
             export(checkpoint, out / "model")
@@ -183,7 +187,7 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
         if differences := list(config_differences(before, identity)):
             words = "; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in differences)
             raise ConfigError(
-                f"{out} holds a run with other settings: {words}. Choose another --out, or delete this one"
+                f"{out} holds a run with other settings: {words}. Choose another --out (and workers.mirror), or delete this one"
             )
     else:
         require_unused(out)
@@ -292,7 +296,7 @@ def _work(settings: dict[str, Any]) -> _Outcome:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     place, workers, run = ray.train.get_context(), settings["workers"], settings["run"]
     rank = place.get_world_rank()
-    world_size = workers.usable(place.get_world_size(), settings["num_parts"])
+    world_size = usable_workers(place.get_world_size(), settings["num_parts"])
     if world_size < place.get_world_size():
         _leave_out(rank, world_size)
         if rank >= world_size:

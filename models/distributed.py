@@ -60,6 +60,15 @@ def sum_over_workers(values: Tensor) -> Tensor:
     return _SumOverWorkers.apply(values)
 
 
+def mean_over_workers(value: Tensor) -> Tensor:
+    """`value` averaged over all workers, as float32 and without a gradient."""
+    mean = value.detach().float()
+    if world_size() > 1:
+        dist.all_reduce(mean := mean.clone())
+        mean /= world_size()
+    return mean
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Rows of all workers in the order of their ranks, with gradients: (n ...) -> (W*n ...).
 

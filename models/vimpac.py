@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.contrastive import ContrastiveHead, contrastive_loss
+from models.distributed import mean_over_workers
 from models.layers import LineAttention, Lines, Mlp, init_normal
 from models.masking import block_masks, iid_masks
 
@@ -292,7 +293,7 @@ class VimpacObjective(nn.Module):
         Returns:
             "losses": scalars with their weights applied, so the total is their sum: "mlm", "contrastive".
             "metrics": detached scalars: masked_share (of positions that are not PAD), masked_token_accuracy,
-            contrastive_accuracy. Both are means over this worker, as DDP expects.
+            contrastive_accuracy. The mean of the workers' losses, and so the gradient that DDP makes, is that of the whole batch.
         """
         tokens, views = batch["tokens"], batch["tokens"].shape[1]
         if self.contrastive_head is not None and views != 2:
@@ -310,7 +311,10 @@ class VimpacObjective(nn.Module):
             # All-PAD clips or an unlucky draw can leave nothing to predict: the loss is then 0, with zero gradients.
             logits = self.mlm_head(hidden[mask], self.backbone.token.weight).float()
             targets = tokens[mask]
-            mlm = F.cross_entropy(logits, targets, reduction="sum") / num_masked.clamp(min=1)
+            # Over the mean count, so that the mean of the workers' losses is that over all masked positions: the same for
+            # any number of workers.
+            count = mean_over_workers(num_masked) if self.training else num_masked
+            mlm = F.cross_entropy(logits, targets, reduction="sum") / count.clamp(min=1e-9)
             losses["mlm"] = self.config.mlm_weight * mlm
             metrics["masked_token_accuracy"] = (logits.argmax(-1) == targets).sum() / num_masked.clamp(min=1)
         if self.contrastive_head is not None:

@@ -13,6 +13,7 @@ from jobs.checkpoint import list_checkpoints, read_cursor
 from jobs.journal import read_journal
 from jobs.loop import Context, train
 from jobs.mirror import Mirror
+from pipeline.errors import ConfigError
 from tests.jobs.test_loop import CONFIG, OPTIM, Noisy, Steps, losses, run_loop
 from tests.object_server import Fault, ObjectServer, serve_objects
 
@@ -53,6 +54,7 @@ def test_a_lost_folder_goes_on_from_the_store_bit_for_bit(place: str, tmp_path: 
     with pytest.raises(Killed):
         run_with(run, mirror, Dies())
     shutil.rmtree(run)
+    mirror.pull_identity(run)
     mirror.pull(run)
     assert [path.name for path in list_checkpoints(run)] == mirror.list() == ["00000002", "00000004"]
     assert json.loads((run / "run.json").read_text()) == {"a": 1}
@@ -66,6 +68,17 @@ def test_a_lost_folder_goes_on_from_the_store_bit_for_bit(place: str, tmp_path: 
         ours, theirs = (list_checkpoints(tmp_path / folder)[-1] / name for folder in ("run", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
     assert not list(run.rglob(".*"))
+
+
+def test_a_mirror_of_another_run_is_refused(tmp_path: Path) -> None:
+    mirror = Mirror(str(tmp_path / "mirror"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(name)
+    run_with(tmp_path / "one", mirror)
+    mirror.pull_identity(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"workers\.mirror = .*mirror holds another run than .*two"):
+        mirror.pull_identity(tmp_path / "two")
 
 
 def test_checkpoints_that_the_run_has_no_longer_leave_the_store(place: str, tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Who trains: which numbers of workers a run may have, checked before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import pretrain
+from jobs.training import WorkersConfig, usable_workers
+from pipeline.errors import ConfigError
+from tests.e2e.training import make_config, make_tokens
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_parts", "usable"), [(1, 1024, 1), (3, 1024, 2), (7, 1024, 4), (7, 12, 6), (9, 8, 8), (5, 7, 1)]
+)
+def test_as_many_workers_work_as_the_batch_divides_by(num_workers: int, num_parts: int, usable: int) -> None:
+    assert usable_workers(num_workers, num_parts) == usable
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"num_workers": 0}, "num_workers = 0"),
+        ({"max_failures": -1}, "max_failures = -1"),
+        ({"max_preemptions": -1}, "max_preemptions = -1"),
+        ({"resize_every_s": 0.0}, r"resize_every_s = 0\.0"),
+        ({"num_workers": 2, "min_workers": 3}, "min_workers = 3; allowed: 1 to num_workers = 2"),
+        ({"num_workers": 2, "min_workers": 0}, "min_workers = 0"),
+    ],
+)
+def test_bad_settings_are_refused(wrong: dict[str, float], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        WorkersConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_batch_that_does_not_divide_by_the_fewest_workers_is_refused_before_any_work(tmp_path: Path) -> None:
+    workers = WorkersConfig(num_workers=4, min_workers=3)
+    with pytest.raises(ConfigError, match="batch_size = 4 does not divide by the 3 workers"):
+        pretrain.run(make_config(make_tokens(tmp_path / "tokens"), tmp_path / "run", workers))
+    assert not (tmp_path / "run").exists()
