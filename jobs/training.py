@@ -224,11 +224,10 @@ def _fit(
         "num_parts": num_parts,
     }
     with connect(), follow(out / JOURNAL_NAME, job, config.steps):
+        resources = _choose_resources(workers)  # once: after a preemption the cluster is smaller for a while
         for num_preemptions in range(workers.max_preemptions + 1):
             try:
-                outcome: _Outcome = _make_trainer(out, workers, settings).fit().return_value
-            except ConfigError:
-                raise
+                outcome: _Outcome = _make_trainer(out, workers, settings, resources).fit().return_value
             except Exception as error:  # Ray wraps whatever a worker raised
                 raise TrainingFailed(
                     f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
@@ -246,15 +245,23 @@ def _fit(
     )
 
 
-def _make_trainer(out: Path, workers: WorkersConfig, settings: dict[str, Any]) -> Any:
+def _choose_resources(workers: WorkersConfig) -> dict[str, float]:
+    """What each worker gets of the cluster, as Ray names it."""
+    num_gpus = count("GPU")
+    use_gpu = workers.device == "gpu" or (workers.device == "auto" and num_gpus >= workers.fewest)
+    if use_gpu and num_gpus < workers.fewest:
+        raise ConfigError(f"workers: {workers.fewest} GPU workers asked for; the cluster has {num_gpus:g} GPUs")
+    # Fewer CPUs than workers is slow, but it is not a reason to wait for ever.
+    return {"CPU": min(1.0, count("CPU") / workers.fewest) or 1.0, "GPU": int(use_gpu)}
+
+
+def _make_trainer(out: Path, workers: WorkersConfig, settings: dict[str, Any], resources: dict[str, float]) -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
     from jobs.preemption import PreemptibleTorchConfig
 
-    use_gpu = workers.device == "gpu" or (workers.device == "auto" and count("GPU") >= workers.fewest)
-    if use_gpu and count("GPU") < workers.fewest:
-        raise ConfigError(f"workers: {workers.fewest} GPU workers asked for; the cluster has {count('GPU'):g} GPUs")
+    use_gpu = resources["GPU"] > 0
     is_elastic = workers.min_workers is not None
     return TorchTrainer(
         _work,  # type: ignore[arg-type]  # what it returns becomes the result's return_value
@@ -264,8 +271,7 @@ def _make_trainer(out: Path, workers: WorkersConfig, settings: dict[str, Any]) -
             num_workers=(workers.fewest, workers.num_workers) if is_elastic else workers.num_workers,
             elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=use_gpu,
-            # Fewer CPUs than workers is slow, but it is not a reason to wait for ever.
-            resources_per_worker={"CPU": min(1.0, count("CPU") / workers.fewest) or 1.0, "GPU": int(use_gpu)},
+            resources_per_worker=resources,
         ),
         # Checkpoints are ours; Ray keeps only its own bookkeeping, and a fresh one for each start.
         run_config=RunConfig(  # type: ignore[arg-type]  # the stub is that of Ray Train v1
