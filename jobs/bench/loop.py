@@ -35,6 +35,8 @@ _ATTACH_S = 60.0
 class BenchLoopConfig:
     """Train a recipe's model on made-up tokens, with tracking and without in turn, and report the difference a step.
 
+    On a CPU with one thread, which is what a worker on one CPU has.
+
     "With" is all that a run has: the journal, the system sampler, and the thread that copies both to MLflow
     (MLFLOW_TRACKING_URI, or mlflow.db here). They share the process with the steps, which they do not in a job on Ray,
     where MLflow is the driver's. Then train once more with frequent checkpoints, and report what they held up.
@@ -42,11 +44,11 @@ class BenchLoopConfig:
 
     recipe: str = "debug"
     """Whose model and optimiser; its data are not needed."""
-    batch_size: int = 16
+    batch_size: int = 4
     """Videos a step."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    steps: int = 60
+    steps: int = 40
     """Steps a round."""
     warmup_steps: int = 5
     """Steps at the start of each round that are not counted."""
@@ -84,6 +86,8 @@ def run(config: BenchLoopConfig) -> JobResult:
     recipe = find_recipe(config.recipe)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     overheads, steps_s = [], []
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="tokenreel-bench-") as scratch:
         folder = Path(scratch)
         for number in range(config.rounds + 1):
@@ -95,6 +99,7 @@ def run(config: BenchLoopConfig) -> JobResult:
                 steps_s.append(seconds[False])
                 log.info("round %d: %.1f ms a step, %+.2f %% with", number, 1e3 * seconds[False], 100 * overheads[-1])
         checkpoints = _measure_checkpoints(folder / "saving", config, recipe, device)
+    torch.set_num_threads(num_threads)
     figures = {
         "device": device,
         "step_ms": round(1e3 * statistics.median(steps_s), 2),

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 
 from jobs import evaluate, shard, verify
+from jobs.config import load_config
 from jobs.data_job import RejectPolicy
 from jobs.evaluate import EvaluateConfig
+from jobs.model_folder import load_model
+from jobs.pretrain import PretrainConfig, load_objective
 from jobs.shard import ShardConfig
 from jobs.verify import VerifyConfig
 from pipeline.dataset import read_index, read_meta, read_rejects
@@ -105,8 +109,29 @@ def test_mlflow_links_the_runs_from_the_model_back_to_the_corpus(stages: Stages,
     assert len(client.get_metric_history(runs["pretrain"].info.run_id, "loss")) == 8
     pictures = [file.path for file in client.list_artifacts(runs["pretrain"].info.run_id, "pictures")]
     assert any("predictions_00000008" in path for path in pictures)
-    version = client.get_registered_model("tokenreel-test").latest_versions[0]
-    assert version.run_id == runs["pretrain"].info.run_id
+    for alias in ("final", "best"):
+        version = client.get_model_version_by_alias("tokenreel-test", alias)
+        assert version.run_id == runs["pretrain"].info.run_id
+        assert version.tags["tokenreel.parent_fingerprint"] == stages.results["tokenize"].fingerprint
+
+
+def test_the_registered_models_load_by_mlflow_and_by_us(stages: Stages, cluster: str, tmp_path: Path) -> None:
+    import mlflow.artifacts
+    import mlflow.pytorch
+
+    config = load_config(stages.model / "config.json", PretrainConfig)
+    tokens = torch.randint(config.backbone.codebook_size, (3, *config.backbone.shape))
+    steps = {"final": 8, "best": stages.results["pretrain"].figures["best_step"]}
+    for alias, step in steps.items():
+        uri = f"models:/tokenreel-test@{alias}"
+        theirs = mlflow.pytorch.load_model(uri)
+        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / alias)))
+        assert load_config(folder / "run_config.json", PretrainConfig) == config
+        trained = load_objective(config, stages.model / "checkpoints" / f"{step:08d}")
+        with torch.inference_mode():
+            expected = trained.backbone(tokens).cls
+            assert torch.equal(load_model(folder).backbone(tokens).cls, expected)
+            torch.testing.assert_close(theirs(tokens)[:, 0], expected)
 
 
 def test_evaluate_reports_probes_baselines_and_a_contact_sheet(stages: Stages) -> None:

@@ -96,7 +96,7 @@ def test_a_finer_grid_starts_from_the_source_and_keeps_its_schedule(source: Path
     check_source(second, source)
     continue_run(second, source)
     first, last = list_checkpoints(second.out)[0], list_checkpoints(source)[-1]
-    assert first.name == "00000004" and read_cursor(first) == read_cursor(last)
+    assert first.name == "00000004" and read_cursor(first) == replace(read_cursor(last), recent_loss=None)
     weights, moments = read_tensors(first)
     old_weights, old_moments = read_tensors(last)
     expected = resize_positions(old_weights, (8, 8))
