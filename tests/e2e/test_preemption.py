@@ -32,8 +32,8 @@ def sigterm_to_a_worker(journal: Path, after: int) -> Iterator[None]:
     def watch() -> None:
         while not any(row["step"] > after for row in read_journal(journal)):
             time.sleep(0.01)
-        workers = [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(one.info["cmdline"])]
-        workers[-1].send_signal(signal.SIGTERM)
+        ours = psutil.Process().children(recursive=True)  # the session's cluster, and nobody else's
+        next(one for one in ours if "RayTrainWorker" in str(one.cmdline())).send_signal(signal.SIGTERM)
         sent.set()
 
     threading.Thread(target=watch, daemon=True).start()

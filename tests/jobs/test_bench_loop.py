@@ -23,7 +23,7 @@ def test_it_tracks_one_run_of_the_two_and_saves_behind_the_steps(
         assert [row.step for row in client.get_metric_history(one.info.run_id, "loss")] == [1, 2, 3, 4]
     low, high = figures["overhead_share_range"]
     assert low <= figures["overhead_share"] <= high and figures["step_ms"] > 0
-    assert figures["checkpoint_mb"] > 3 and 0 < figures["checkpoint_pause_ms"] and 0 < figures["checkpoint_write_ms"]
+    assert figures["checkpoint_mb"] > 3 and min(figures["checkpoint_pause_ms"], figures["checkpoint_write_ms"]) > 0
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"steps": 6, "warmup_steps": 5}, {"device": "tpu"}])
