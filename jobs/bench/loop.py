@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import statistics
 import tempfile
@@ -54,7 +53,7 @@ class BenchLoopConfig:
     """Steps at the start of each round that are not counted."""
     rounds: int = 5
     """Times that each of the two runs, after one that is not counted."""
-    save_every_steps: int = 10
+    save_every_steps: int = 5
     """Steps between two checkpoints in the round about them."""
 
     def __post_init__(self) -> None:
@@ -85,7 +84,7 @@ def run(config: BenchLoopConfig) -> JobResult:
     started_s = time.monotonic()
     recipe = find_recipe(config.recipe)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    overheads, steps_s = [], []
+    overheads, cpu_overheads, steps_s = [], [], []
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="tokenreel-bench-") as scratch:
@@ -95,9 +94,11 @@ def run(config: BenchLoopConfig) -> JobResult:
             order = (False, True) if number % 2 else (True, False)
             seconds = {is_on: _round(folder / f"{number}-{is_on}", config, recipe, device, is_on) for is_on in order}
             if number:
-                overheads.append(seconds[True] / seconds[False] - 1)
-                steps_s.append(seconds[False])
-                log.info("round %d: %.1f ms a step, %+.2f %% with", number, 1e3 * seconds[False], 100 * overheads[-1])
+                overheads.append(seconds[True][0] / seconds[False][0] - 1)
+                cpu_overheads.append(seconds[True][1] / seconds[False][1] - 1)
+                steps_s.append(seconds[False][0])
+                words = "round %d: %.1f ms a step, %+.2f %% with, of CPU time %+.2f %%"
+                log.info(words, number, 1e3 * steps_s[-1], 100 * overheads[-1], 100 * cpu_overheads[-1])
         checkpoints = _measure_checkpoints(folder / "saving", config, recipe, device)
     torch.set_num_threads(num_threads)
     figures = {
@@ -105,6 +106,9 @@ def run(config: BenchLoopConfig) -> JobResult:
         "step_ms": round(1e3 * statistics.median(steps_s), 2),
         "overhead_share": round(statistics.median(overheads), 4),
         "overhead_share_range": [round(min(overheads), 4), round(max(overheads), 4)],
+        # Of all threads: what other work on the machine does not change, and what tracking costs if no core is idle.
+        "cpu_overhead_share": round(statistics.median(cpu_overheads), 4),
+        "cpu_overhead_share_range": [round(min(cpu_overheads), 4), round(max(cpu_overheads), 4)],
         **checkpoints,
     }
     return JobResult(
@@ -117,12 +121,17 @@ def run(config: BenchLoopConfig) -> JobResult:
     )
 
 
-def _round(folder: Path, config: BenchLoopConfig, recipe: PretrainConfig, device: str, is_tracked: bool) -> float:
-    """Median seconds from one step's end to the next one's. Only rank 0 keeps a journal, so "without" is a rank 1."""
-    ends: list[float] = []
+def _round(
+    folder: Path, config: BenchLoopConfig, recipe: PretrainConfig, device: str, is_tracked: bool
+) -> tuple[float, float]:
+    """Mean seconds from one step's end to the next one's, by the clock and of CPU time.
+
+    Only rank 0 keeps a journal, so "without" is a rank 1.
+    """
+    ends: list[tuple[float, float]] = []
 
     def note_end() -> bool:
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
         return False
 
     tracker = Tracker.open(folder, job="bench loop", name="bench loop") if is_tracked else None
@@ -131,8 +140,9 @@ def _round(folder: Path, config: BenchLoopConfig, recipe: PretrainConfig, device
             _wait_for_mlflow(tracker)
         context = Context(run=folder, rank=int(not is_tracked), device=torch.device(device), should_stop=note_end)
         _train(context, config, recipe, save_every_steps=config.steps)
-    gaps = [end - start for start, end in itertools.pairwise(ends)][config.warmup_steps :]
-    return sum(gaps) / len(gaps)
+    first, last = ends[config.warmup_steps], ends[-1]
+    num_steps = len(ends) - 1 - config.warmup_steps
+    return (last[0] - first[0]) / num_steps, (last[1] - first[1]) / num_steps
 
 
 def _wait_for_mlflow(tracker: Tracker) -> None:
