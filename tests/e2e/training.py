@@ -29,6 +29,7 @@ def make_config(tokens: Path, out: Path, workers: WorkersConfig, *, layers: int 
         out=out,
         backbone=replace(recipe.backbone, layers=layers, grid_height=GRID[0], grid_width=GRID[1], **small),
         objective=replace(recipe.objective, head_hidden=32, head_out=16),
+        optim=replace(recipe.optim, lr=1e-4),  # small, as steps magnify what rounding began
         loader=replace(recipe.loader, batch_size=4),
         loop=replace(recipe.loop, picture_every_steps=0, **loop),
         workers=workers,
