@@ -123,6 +123,7 @@ class DataJob:
         too many rejects."""
         total, started_s = self.meta.num_shards, time.monotonic()
         videos, read_bytes = 0, 0
+        warned = set[str]()
         with (
             Progress(self._job, "shards", total, total - len(self.todo)) as bar,
             Journal(work_folder(self.out)) as journal,
@@ -132,6 +133,9 @@ class DataJob:
             def on_shard(written: Written) -> None:
                 nonlocal videos, read_bytes
                 info = written.info
+                for warning in set(written.warnings) - warned:
+                    log.warning(f"{self._job}: {warning}")
+                warned.update(written.warnings)
                 self._books += info.ledger
                 videos += info.totals["videos"]
                 read_bytes += written.read_bytes

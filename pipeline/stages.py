@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -12,12 +13,14 @@ import numpy as np
 import ray
 
 from pipeline.dataset import DatasetMeta
+from pipeline.encoding import Encode, Piece
 from pipeline.errors import TokenreelError
 from pipeline.schema import VideoRef
 from pipeline.sharding import ShardSettings, write_clip_shard
 from pipeline.shards import Written, read_shard_rows
 from pipeline.storage import Store
-from pipeline.tokenizing import Decoded, Encode, TokenizeSettings, decode_clip, write_token_shard
+from pipeline.tokenizing import TokenizeSettings, decode_clips, group_rows, write_token_shard
+from pipeline.worker import BusyClock, EncoderUse, collected_warnings
 
 OnShard = Callable[[Written], None]
 """Told of each committed shard. An error that it raises ends the stage."""
@@ -83,16 +86,31 @@ def run_tokenize(
     on_shard: OnShard,
     num_encoders: int,
     encoder_resources: dict[str, float],
-) -> None:
+) -> EncoderUse:
     """Write the token shards `todo`: `num_encoders` actors encode, and fan decoding out to all CPUs.
 
     Each actor works on two shards at a time, so the decoding of the next one starts before this one ends.
+
+    Args:
+        encoder_resources: of one encoder, as Ray names them. One with GPUs encodes two batches at a time: while the codes
+            of one come back, the GPU has the other.
+
+    Returns:
+        how busy the encoders were, all together.
     """
+    num_encoders = min(num_encoders, len(todo))
+    cpus = ray.cluster_resources().get("CPU", 1.0)
     encoder_class = ray.remote(_Encoder).options(
-        max_concurrency=2, max_restarts=-1, max_task_retries=-1, **encoder_resources
+        max_concurrency=_OPEN_SHARDS + 1,  # one thread answers while the others work
+        max_restarts=-1,
+        max_task_retries=_MAX_RETRIES,
+        scheduling_strategy="SPREAD",
+        **encoder_resources,
     )
+    arguments = (clips, out, meta.fingerprint, settings, make_encode)
+    batches_at_a_time, groups_ahead = 2 if "num_gpus" in encoder_resources else 1, 1 + math.ceil(cpus / num_encoders)
     encoders: list[Any] = [
-        encoder_class.remote(clips, out, meta, settings, make_encode) for _ in range(min(num_encoders, len(todo)))
+        encoder_class.remote(*arguments, batches_at_a_time, groups_ahead) for _ in range(num_encoders)
     ]
     waiting = deque(todo)
     running: dict[ray.ObjectRef, Any] = {}
@@ -101,49 +119,75 @@ def run_tokenize(
         if waiting:
             running[encoder.write_shard.remote(waiting.popleft())] = encoder
 
-    for encoder in [*encoders, *encoders]:
+    for encoder in encoders * _OPEN_SHARDS:
         start_next(encoder)
     while running:
         done = ray.wait(list(running))[0][0]
         encoder = running.pop(done)
         on_shard(_get(done))
         start_next(encoder)
+    return sum(ray.get([encoder.use.remote() for encoder in encoders]), EncoderUse())
 
 
-_DECODE_WINDOW = 8
-"""Clips of one shard that are decoded ahead of the encoder; bounds the frames that wait in the object store."""
+_OPEN_SHARDS = 2
+_MAX_RETRIES = 5
+"""Times that a shard, or a group of clips, whose process died is tried again."""
 
 
 class _Encoder:
     """Owns a tokenizer and the shards it is asked to write."""
 
     def __init__(
-        self, clips: Store, out: Store, meta: DatasetMeta, settings: TokenizeSettings, make_encode: Callable[[], Encode]
+        self,
+        clips: Store,
+        out: Store,
+        fingerprint: str,
+        settings: TokenizeSettings,
+        make_encode: Callable[[], Encode],
+        batches_at_a_time: int,
+        groups_ahead: int,
     ) -> None:
-        self._clips, self._out, self._meta, self._settings = clips, out, meta, settings
-        self._encode = make_encode()
-        self._device = threading.Lock()
+        self._clips, self._out, self._fingerprint, self._settings = clips, out, fingerprint, settings
+        self._encode, self._groups_ahead = make_encode(), groups_ahead
+        self._turns, self._clock = threading.Semaphore(batches_at_a_time), BusyClock()
 
     def write_shard(self, shard: int) -> Written:
-        decoded = self._decode_ahead(read_shard_rows(self._clips, shard))
-        return write_token_shard(
-            self._clips, self._out, self._meta.fingerprint, shard, decoded, self._encode_alone, self._settings
-        )
+        rows = read_shard_rows(self._clips, shard)
+        with collected_warnings() as warnings:
+            written = write_token_shard(
+                self._clips,
+                self._out,
+                self._fingerprint,
+                shard,
+                rows,
+                self._decode_ahead(rows),
+                self._encode_in_turn,
+                self._settings,
+            )
+        return written._replace(warnings=tuple(warnings))
 
-    def _encode_alone(self, frames: np.ndarray) -> np.ndarray:
-        with self._device:
+    def use(self) -> EncoderUse:
+        return self._clock.use()
+
+    def _encode_in_turn(self, frames: np.ndarray) -> np.ndarray:
+        with self._turns, self._clock:
             return self._encode(frames)
 
-    def _decode_ahead(self, rows: list[dict[str, Any]]) -> Iterator[Decoded]:
-        window: deque[ray.ObjectRef] = deque()
-        for row in rows:
-            window.append(_decode_task.remote(self._clips, row, self._settings))
-            if len(window) > _DECODE_WINDOW:
-                yield ray.get(window.popleft())
+    def _decode_ahead(self, rows: list[dict[str, Any]]) -> Iterator[Piece]:
+        groups = group_rows(rows, self._settings)
+        window = deque(self._decode(group) for group in itertools.islice(groups, self._groups_ahead))
         while window:
-            yield ray.get(window.popleft())
+            for pieces in window.popleft():
+                yield from ray.get(pieces)
+            window.extend(self._decode(group) for group in itertools.islice(groups, 1))
+
+    def _decode(self, rows: list[dict[str, Any]]) -> Any:
+        return _decode_task.remote(self._clips, rows, self._settings)
 
 
-@ray.remote(num_cpus=1, max_retries=5)
-def _decode_task(clips: Store, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
-    return decode_clip(clips, row, settings)
+# It streams, so that a clip of a day is never held whole. A limit to how far it may run ahead of its reader would hold
+# its CPU while it waits, and groups that wait for each other's readers would then wait for ever; Ray moves what nobody has
+# read yet to disk instead.
+@ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, num_returns="streaming")
+def _decode_task(clips: Store, rows: list[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[Piece]]:
+    yield from decode_clips(clips, rows, settings)
