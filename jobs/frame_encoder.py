@@ -42,7 +42,7 @@ class FrameEncoder:
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                self._halve(side, most)
+                self._halve(side, most, error)
 
     def _encode(self, frames: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(frames)
@@ -51,12 +51,12 @@ class FrameEncoder:
         with torch.inference_mode():
             return self._tokenizer.encode(batch).cpu().numpy()
 
-    def _halve(self, side: int, most: int) -> None:
+    def _halve(self, side: int, most: int, error: BaseException) -> None:
         if most == 1:
             raise ConfigError(
-                f"memory on {self._device} does not suffice to encode one frame of {side} px; lower frames.size_px or "
-                "settings.precision, or take a device with more memory"
-            )
+                f"memory on {self._device} does not suffice to encode one frame of {side} px ({error}); lower "
+                "frames.size_px or precision, or take a device with more memory"
+            ) from error
         if self._device != "cpu":
             torch.cuda.empty_cache()
         # Another thread may have halved it already.
@@ -68,6 +68,6 @@ class FrameEncoder:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # On CPUs torch raises a plain RuntimeError from its allocator, or oneDNN one of its own.
-    words = ("out of memory", "not enough memory", "can't allocate memory", "could not create a memory object")
+    # On CPUs these are plain RuntimeErrors: of torch's allocator, and of oneDNN where it has no room for its code.
+    words = ("not enough memory", "can't allocate memory", "could not create a memory", "could not create a primitive")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
