@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from jobs.checkpoint import list_checkpoints
-from jobs.config import CONFIG_NAME, load_config, to_plain
+from jobs.config import CONFIG_NAME, from_plain, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.folder import lock_folder
 from jobs.loop import seed_everything
@@ -26,7 +26,6 @@ from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
 from models.vimpac import VimpacBackbone, VimpacObjective
 from pipeline.dataset import DatasetMeta, read_index, read_meta
-from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError
 from pipeline.loader import WindowReader
 from pipeline.order import draw_seeds
@@ -281,9 +280,10 @@ def _originals(
     except ConfigError:
         return []
     index = read_index(clips)
-    parent = index.filter(pc.equal(index["key"], row["key"])).to_pylist()
+    parent = index.filter(pc.equal(index["key"], row["clip_key"])).to_pylist()
     if not parent:
         return []
-    settings = TokenizeSettings(frames=replace(FrameConfig(), **meta.config["frames"]))
-    frames = decode_clip(clips, parent[0], settings)
+    config = {name: value for name, value in meta.config.items() if name != "tokenizer"}
+    settings = from_plain(config, TokenizeSettings, f"of {tokens}")
+    frames = decode_clip(clips, parent[0], settings, settings.view(row["view"]))
     return [] if isinstance(frames, Reject) else [frames[start : start + num_frames]]

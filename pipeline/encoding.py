@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.errors import DatasetError
 from pipeline.schema import Reject
-from pipeline.views import View, crops_of
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """Frames uint8 (b h w c) to codes uint16 (b h w); the caller of this package brings it."""
@@ -19,7 +18,8 @@ Encode = Callable[[np.ndarray], np.ndarray]
 class Piece(NamedTuple):
     """Frames of one clip, in their order. A clip is one piece or several; its last one says so.
 
-    frames: uint8 (t h w c), one array for each crop of the views, with the same t; none in the piece of a reject.
+    frames: uint8 (t h w c), one array for each picture that is shown of them (a crop, a view), with the same t; none in
+        the piece of a reject.
     reject: why the clip has no sample; earlier pieces of it count for nothing then.
     """
 
@@ -29,12 +29,10 @@ class Piece(NamedTuple):
 
 
 Encoded = list[np.ndarray] | Reject
-"""What became of a clip: codes uint16 (t h w) for each view, or its reject."""
+"""What became of a clip: codes uint16 (t h w) for each of its pictures, or its reject."""
 
 
-def encode_pieces(
-    pieces: Iterable[Piece], views: Sequence[View], encode: Encode, batch_frames: int
-) -> Iterator[Encoded]:
+def encode_pieces(pieces: Iterable[Piece], encode: Encode, batch_frames: int) -> Iterator[Encoded]:
     """The outcome of each clip, in order; frames of many clips share a batch, one size a batch.
 
     Every batch has exactly `batch_frames` frames (the last one is padded), so the kernels, and with them the rounding
@@ -43,19 +41,17 @@ def encode_pieces(
     Raises:
         DatasetError: the encoder gave codes for another number of frames than it got.
     """
-    place_of = {crop: place for place, crop in enumerate(crops_of(views))}
-    batches = {view.crop.size_px: _Batch(encode, batch_frames) for view in views}
+    batches: dict[int, _Batch] = {}
     waiting: deque[_Clip] = deque()  # from the first one whose outcome is not known
     is_new = True
     for piece in pieces:
         if is_new:
-            waiting.append(_Clip(len(views)))
+            waiting.append(_Clip())
         clip, is_new = waiting[-1], piece.is_last
         clip.is_whole, clip.reject = piece.is_last, piece.reject
-        for view, codes in zip(views, clip.codes, strict=True):
-            if piece.frames:
-                frames = piece.frames[place_of[view.crop]]
-                batches[view.crop.size_px].add(frames[:, :, ::-1] if view.flip else frames, codes)
+        clip.codes = clip.codes or [_Codes() for _ in piece.frames]
+        for frames, codes in zip(piece.frames, clip.codes, strict=False):  # a reject has none
+            batches.setdefault(frames.shape[1], _Batch(encode, batch_frames)).add(frames, codes)
         yield from _known(waiting)
     for batch in batches.values():
         batch.finish()
@@ -63,14 +59,14 @@ def encode_pieces(
 
 
 class _Clip:
-    def __init__(self, num_views: int) -> None:
-        self.codes = [_Codes() for _ in range(num_views)]
+    def __init__(self) -> None:
+        self.codes: list[_Codes] = []
         self.is_whole = False
         self.reject: Reject | None = None
 
 
 class _Codes:
-    """The codes of one view as they come, and how many frames' are still due."""
+    """The codes of one picture as they come, and how many frames' are still due."""
 
     def __init__(self) -> None:
         self.parts: list[np.ndarray] = []

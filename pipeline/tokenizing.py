@@ -19,7 +19,7 @@ from pipeline.quality import QualityThresholds, failed_threshold
 from pipeline.schema import SCORES, Outcome, Reject, fingerprint
 from pipeline.shards import ShardWriter, Written, read_payload, read_shard_info
 from pipeline.storage import LOCAL_TROUBLE, Store
-from pipeline.views import View, ViewConfig, crops_of
+from pipeline.views import Crop, View, ViewConfig, crops_of
 
 _GROUP_BYTES = 4 * 2**20
 """Frames that travel together, in bytes: large enough that a message costs little beside what it carries."""
@@ -50,6 +50,10 @@ class TokenizeSettings:
         """What becomes a sample of each clip, the plainest view first."""
         return self.views.views(self.frames.size_px)
 
+    def view(self, name: str) -> View:
+        """The view of that name, as the index has it."""
+        return next(view for view in self.all_views() if view.name == name)
+
 
 def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[str, Any]) -> DatasetMeta:
     """The identity of the token dataset that `config` and a tokenizer make of `clips`.
@@ -69,20 +73,25 @@ def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[
     )
 
 
-def decode_clip(clips: Store, row: dict[str, Any], settings: TokenizeSettings) -> np.ndarray | Reject:
-    """Frames uint8 (t h w c) of one clip in its plainest view, or the reject that it becomes."""
-    plain = replace(settings, views=ViewConfig())
-    (piece,) = _decode_pieces(clips, row, plain, max_frames=None)
-    return piece.reject or piece.frames[0]
+def decode_clip(
+    clips: Store, row: dict[str, Any], settings: TokenizeSettings, view: View | None = None
+) -> np.ndarray | Reject:
+    """Frames uint8 (t h w c) of one clip in one view (by default the plainest), or the reject that it becomes."""
+    view = view or settings.all_views()[0]
+    (piece,) = _decode_pieces(clips, row, settings, [view.crop], max_frames=None)
+    if piece.reject is not None:
+        return piece.reject
+    return piece.frames[0][:, :, ::-1] if view.flip else piece.frames[0]
 
 
 def decode_clips(clips: Store, rows: Iterable[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[Piece]]:
     """The pieces of these clips, one clip after the other, a few MB at a time whatever the clips' sizes."""
-    frame_bytes = 3 * sum(crop.size_px**2 for crop in crops_of(settings.all_views()))
+    crops = crops_of(settings.all_views())
+    max_frames = max(1, _GROUP_BYTES // _bytes_of(crops))
     group: list[Piece] = []
     size = 0
     for row in rows:
-        for piece in _decode_pieces(clips, row, settings, max_frames=max(1, _GROUP_BYTES // frame_bytes)):
+        for piece in _decode_pieces(clips, row, settings, crops, max_frames):
             group.append(piece)
             size += sum(frames.nbytes for frames in piece.frames)
             if size >= _GROUP_BYTES:
@@ -94,7 +103,7 @@ def decode_clips(clips: Store, rows: Iterable[dict[str, Any]], settings: Tokeniz
 
 def group_rows(rows: Sequence[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[dict[str, Any]]]:
     """`rows` in groups that one decoder takes, of a few MB of frames by what their spans promise."""
-    second_bytes = settings.frames.fps * 3 * sum(crop.size_px**2 for crop in crops_of(settings.all_views()))
+    second_bytes = settings.frames.fps * _bytes_of(crops_of(settings.all_views()))
     group: list[dict[str, Any]] = []
     size = 0.0
     for row in rows:
@@ -107,8 +116,13 @@ def group_rows(rows: Sequence[dict[str, Any]], settings: TokenizeSettings) -> It
         yield group
 
 
+def _bytes_of(crops: Sequence[Crop]) -> int:
+    """What one frame takes in all crops."""
+    return 3 * sum(crop.size_px**2 for crop in crops)
+
+
 def _decode_pieces(
-    clips: Store, row: dict[str, Any], settings: TokenizeSettings, max_frames: int | None
+    clips: Store, row: dict[str, Any], settings: TokenizeSettings, crops: Sequence[Crop], max_frames: int | None
 ) -> Iterator[Piece]:
     duration_s = row["end_s"] - row["start_s"]
 
@@ -132,8 +146,7 @@ def _decode_pieces(
         yield reject("too-short", reason, outcome="filtered")
     else:
         try:
-            data, crops = read_payload(clips, row), crops_of(settings.all_views())
-            with open_bytes(data) as file:
+            with open_bytes(read_payload(clips, row)) as file:
                 ahead: list[np.ndarray] | None = None
                 for frames in iter_frames(file, duration_s, settings.frames, crops, settings.limits, max_frames):
                     if ahead is not None:
@@ -178,7 +191,8 @@ def write_token_shard(
     writer = ShardWriter(out, "tokens", dataset_fingerprint, shard)
     rejects: list[Reject] = []
     try:
-        for row, encoded in zip(rows, encode_pieces(pieces, views, encode, settings.batch_frames), strict=True):
+        shown = (_show(piece, views) for piece in pieces)
+        for row, encoded in zip(rows, encode_pieces(shown, encode, settings.batch_frames), strict=True):
             if isinstance(encoded, Reject):
                 rejects += [replace(encoded, key=view.key(encoded.key)) for view in views]
                 continue
@@ -189,6 +203,14 @@ def write_token_shard(
         return Written(info, sum(row["size"] for row in rows))
     finally:
         writer.abort()
+
+
+def _show(piece: Piece, views: Sequence[View]) -> Piece:
+    """A piece with the crops of `views` as one with the views themselves; nothing is copied."""
+    if not piece.frames:
+        return piece
+    frames = dict(zip(crops_of(views), piece.frames, strict=True))
+    return piece._replace(frames=[frames[view.crop][:, :, ::-1] if view.flip else frames[view.crop] for view in views])
 
 
 def _token_row(row: dict[str, Any], view: View, codes: np.ndarray, settings: TokenizeSettings) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from pipeline.encoding import Piece, encode_pieces
 from pipeline.errors import DatasetError
 from pipeline.schema import Reject
-from pipeline.views import ViewConfig, crops_of
 
-ONE_VIEW = ViewConfig().views(8)
 REJECT = Reject(path="a.mp4", stage="tokenize", reject_class="corrupt", reason="cut off")
 
 
@@ -29,36 +27,28 @@ def hash_frames(frames: np.ndarray) -> np.ndarray:
 @given(
     clips=st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans()), max_size=8),
     batch_frames=st.integers(1, 16),
-    config=st.sampled_from(
-        [ViewConfig(), ViewConfig(flip=True), ViewConfig(more_sizes_px=(16,), crops=("start", "end"), flip=True)]
-    ),
+    sides=st.sampled_from([(8,), (8, 8), (8, 16, 8)]),
 )
 def test_codes_belong_to_their_frames(
-    clips: list[tuple[list[int], bool]], batch_frames: int, config: ViewConfig
+    clips: list[tuple[list[int], bool]], batch_frames: int, sides: tuple[int, ...]
 ) -> None:
     rng = np.random.default_rng(0)
-    views = config.views(8)
-    crops = crops_of(views)
-    pieces, expected = [], []
+    pieces: list[Piece] = []
+    expected: list[Reject | list[np.ndarray]] = []
     for lengths, fails in clips:
-        parts = [
-            [rng.integers(0, 256, (length, crop.size_px, crop.size_px, 3), np.uint8) for crop in crops]
-            for length in lengths
-        ]
+        parts = [[rng.integers(0, 256, (length, side, side, 3), np.uint8) for side in sides] for length in lengths]
         ends = [not fails and number == len(parts) - 1 for number in range(len(parts))]
         pieces += [Piece(part, is_last) for part, is_last in zip(parts, ends, strict=True)]
         if fails:  # after it gave frames
             pieces.append(Piece([], True, REJECT))
-        whole = dict(zip(crops, (np.concatenate(crop) for crop in zip(*parts, strict=True)), strict=True))
-        shown = [whole[view.crop][:, :, ::-1] if view.flip else whole[view.crop] for view in views]
-        expected.append(REJECT if fails else [hash_frames(frames) for frames in shown])
+        expected.append(REJECT if fails else [hash_frames(np.concatenate(all)) for all in zip(*parts, strict=True)])
     batches: dict[int, list[int]] = {}
 
     def encode(frames: np.ndarray) -> np.ndarray:
         batches.setdefault(frames.shape[1], []).append(len(frames))
         return hash_frames(frames)
 
-    found = list(encode_pieces(pieces, views, encode, batch_frames))
+    found = list(encode_pieces(pieces, encode, batch_frames))
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         if isinstance(theirs, Reject) or isinstance(ours, Reject):
@@ -67,10 +57,9 @@ def test_codes_belong_to_their_frames(
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a, b)
     frames = sum(sum(lengths) for lengths, _ in clips)
-    for size_px, sizes in batches.items():
+    for side, sizes in batches.items():
         assert set(sizes) == {batch_frames}
-        of_size = sum(view.crop.size_px == size_px for view in views)
-        assert len(sizes) == -(-frames * of_size // batch_frames)  # only the last one is padded
+        assert len(sizes) == -(-frames * sides.count(side) // batch_frames)  # only the last one is padded
 
 
 def test_it_works_while_clips_arrive() -> None:
@@ -82,11 +71,11 @@ def test_it_works_while_clips_arrive() -> None:
             taken.append(n)
             yield Piece([np.zeros((4, 8, 8, 3), np.uint8)], True)
 
-    ahead = [len(taken) - n for n, _ in enumerate(encode_pieces(arrive(), ONE_VIEW, hash_frames, 4))]
+    ahead = [len(taken) - n for n, _ in enumerate(encode_pieces(arrive(), hash_frames, 4))]
     assert ahead == [1] * 6
 
 
 def test_an_encoder_that_loses_a_frame() -> None:
     pieces = [Piece([np.zeros((4, 8, 8, 3), np.uint8)], True)]
     with pytest.raises(DatasetError, match="codes for 3 of 4 frames"):
-        list(encode_pieces(pieces, ONE_VIEW, lambda frames: hash_frames(frames)[1:], 4))
+        list(encode_pieces(pieces, lambda frames: hash_frames(frames)[1:], 4))
