@@ -61,6 +61,11 @@ _JOBS = {
         config="BenchTokenizeConfig",
         summary="encoding by precision and resolution, and the codes it changes",
     ),
+    "bench tokenize-stage": _Job(
+        module="jobs.bench.tokenize_stage",
+        config="BenchTokenizeStageConfig",
+        summary="the whole stage against decoding and encoding alone",
+    ),
     "bench decode": _Job(
         module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
     ),

@@ -96,7 +96,7 @@ def run(config: TokenizeConfig) -> JobResult:
             from pipeline.stages import run_tokenize
 
             with connect(), job.progress() as on_shard:
-                num_encoders, resources = _place_encoders(config.num_encoders)
+                num_encoders, resources = place_encoders(config.num_encoders)
                 device = "cuda" if "num_gpus" in resources else "cpu"
                 make_encode = functools.partial(FrameEncoder, folder.resolve(), device, config.settings.precision)
                 use = run_tokenize(
@@ -127,7 +127,7 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
-def _place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
+def place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
     """How many encoders, and the Ray resources of each.
 
     Encoders on CPUs reserve none, so that decoding can use what they leave, and none is idle while there is work.
