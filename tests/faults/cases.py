@@ -73,13 +73,19 @@ def copy_piece(source: Path, target: Path, seconds: float) -> None:
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """A tokenizer that was never trained: for its codes to be right that is all the same."""
+    """A tokenizer that learned nothing but where its codes may lie: on what random blocks of colour give."""
     import torch
 
     from models.tokenizers.vqvae import Vqvae, VqvaeConfig
 
     torch.manual_seed(0)
-    Vqvae(VqvaeConfig(channels=8, codebook_size=64)).save(folder)
+    tokenizer = Vqvae(VqvaeConfig(channels=8, codebook_size=64)).train()
+    blocks = torch.randint(256, (64, 8, 8, 3), dtype=torch.uint8)
+    frames = blocks.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+    with torch.no_grad():
+        tokenizer.codebook(tokenizer.encoder(tokenizer.normalize(frames)))
+    assert len(tokenizer.eval().encode(frames).unique()) > 32  # else wrong frames would have right codes
+    tokenizer.save(folder)
     return folder
 
 
