@@ -96,7 +96,7 @@ def run(config: TokenizeConfig) -> JobResult:
             with connect(), job.progress() as on_shard:
                 num_encoders, resources = _place_encoders(config.num_encoders)
                 make_encode = functools.partial(
-                    load_encode,
+                    _make_encode,
                     folder.resolve(),
                     "cuda" if "num_gpus" in resources else "cpu",
                     config.settings.precision,
@@ -129,8 +129,7 @@ def _place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
     return encoders, {"num_cpus": 1 if encoders < cpus else 0}
 
 
-def load_encode(folder: Path, device: str, precision: Precision) -> Encode:
-    """What encodes frames (b h w c, uint8) by the tokenizer in `folder`."""
+def _make_encode(folder: Path, device: str, precision: Precision) -> Encode:
     tokenizer = load_tokenizer(folder, device, precision)
 
     def encode(frames: np.ndarray) -> np.ndarray:

@@ -179,7 +179,7 @@ def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> I
     """
     import torch
 
-    from jobs.tokenize import TOKENIZER_FOLDER, load_encode
+    from jobs.tokenize import TOKENIZER_FOLDER, _make_encode
     from models.tokenizers.base import CONFIG_FILE, WEIGHTS_FILE
 
     with contextlib.ExitStack() as stack:
@@ -190,7 +190,7 @@ def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> I
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 for name in (CONFIG_FILE, WEIGHTS_FILE):
                     (folder / name).write_bytes(store.read(f"{TOKENIZER_FOLDER}/{name}"))
-            encode = load_encode(folder, "cuda" if torch.cuda.is_available() else "cpu", settings.precision)
+            encode = _make_encode(folder, "cuda" if torch.cuda.is_available() else "cpu", settings.precision)
             fingerprint = json.loads((folder / CONFIG_FILE).read_text())["fingerprint"]
         except (FileNotFoundError, ValueError) as error:
             raise DatasetError(f"{store.where(TOKENIZER_FOLDER)}: the tokenizer cannot be loaded: {error}") from error

@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 from jobs import verify
-from jobs.tokenize import load_encode
+from jobs.tokenize import _make_encode
 from jobs.verify import VerifyConfig
 from models.tokenizers.vqvae import Vqvae, VqvaeConfig
 from pipeline.dataset import read_index, read_meta, write_meta
@@ -77,7 +77,7 @@ def test_a_shifted_sample_is_found_and_made_again(stages: Stages, tmp_path: Path
     (first, *rest) = decoded
     assert isinstance(first, np.ndarray)
     wrong = [np.concatenate([first[1:], first[-1:]]), *rest]
-    encode = load_encode(tokens / "tokenizer", "cpu", "fp32")
+    encode = _make_encode(tokens / "tokenizer", "cpu", "fp32")
     write_token_shard(clips, Store.at(tokens), meta.fingerprint, 1, wrong, encode, settings)
 
     config = VerifyConfig(dataset=str(tokens), re_encode=1.0)
