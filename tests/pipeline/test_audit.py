@@ -153,7 +153,7 @@ def turn_one_frame(frames: list[Frames]) -> list[Frames]:
         (swap_over_shards, [(0, 0), (1, 0)], ""),
         (shift(by=1), [(0, 0)], "first in frame 0 of 10; shifted: its frame t holds the codes of frame t + 1"),
         (shift(by=-2), [(0, 0)], "first in frame 1 of 10; shifted: its frame t holds the codes of frame t - 2"),
-        (lose_the_first, [(0, 0)], "9 frames of 2x2 codes; its clip gives 10 of 2x2; shifted: its frame t holds the codes of frame t + 1"),
+        (lose_the_first, [(0, 0)], "9 frames of 2x2 codes; its clip gives 10 frames of 2x2 codes; shifted: its frame t holds the codes of frame t + 1"),
         (flip, [(0, 0)], "100.00% of 40 codes differ, first in frame 0 of 10"),
         (turn_one_frame, [(0, 0)], "10.00% of 40 codes differ, first in frame 7 of 10"),
     ],
@@ -213,6 +213,14 @@ def test_rows_that_are_another_clips(clips: Path, frames: list[Frames], tmp_path
     assert "not what its clip says: caption = 'caption of another' ('caption 10.mp4')" in found[2].text
 
 
+def test_a_sample_of_no_clip(clips: Path, frames: list[Frames], tmp_path: Path) -> None:
+    tokens = tokenize(clips, tmp_path / "tokens", frames)
+    rewrite(tokens, 1, lambda rows: rows[0].update(key="f" * 16))
+    assert list(verify(tokens, clips)) == []
+    (problem,) = problems_of(run_audit(tokens, clips))
+    assert problem.shard == 1 and f"{clips} has no such clip" in problem.text
+
+
 def test_tolerance(clips: Path, frames: list[Frames], tmp_path: Path) -> None:
     """Codes that another device rounds otherwise: counted always, a problem only beyond what is allowed."""
     changed = {hash_frames(one)[3].tobytes() for shard in frames for one in shard}
@@ -250,7 +258,7 @@ class TestClipsThatAreGone:
         path.unlink() if index is None else path.write_bytes(index)
         found = run_audit(tokens, clips)
         assert [problem.shard for problem in problems_of(found)] == [None] * 2
-        assert all(f"its clip is gone from {clips}" in problem.text for problem in problems_of(found))
+        assert all("its clip is gone, the index of its shard in" in problem.text for problem in problems_of(found))
         assert sum(one.codes_compared for one in found) == 4 * 6  # the other shard's are compared all the same
 
     def test_storage_that_fails(
