@@ -17,6 +17,7 @@ from pipeline.dataset import read_index, read_rejects, shard_path
 from pipeline.errors import ConfigError
 from pipeline.verify import verify
 from tests.conftest import Stages, small_tokenize_config
+from tests.faults.cases import files_of
 
 
 def test_damaged_clip_shards_cost_exactly_their_samples(stages: Stages, tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_damaged_clip_shards_cost_exactly_their_samples(stages: Stages, tmp_path
 
 
 def test_a_tokenizer_that_changed_is_refused_by_name(stages: Stages, tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in stages.tokens.rglob("*")}
+    before = files_of(stages.tokens)
     old = load_tokenizer(stages.tokens / "tokenizer")
     new = Vqvae(old.config)
     new.save(tmp_path / "tokenizer")
@@ -67,4 +68,4 @@ def test_a_tokenizer_that_changed_is_refused_by_name(stages: Stages, tmp_path: P
     words = f"made with other setting tokenizer = '{old.fingerprint()}' (now '{new.fingerprint()}')"
     assert words in str(refusal.value)
     assert "Choose another output folder" in str(refusal.value)
-    assert {path: path.stat().st_mtime_ns for path in stages.tokens.rglob("*")} == before
+    assert files_of(stages.tokens) == before
