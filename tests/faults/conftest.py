@@ -21,7 +21,7 @@ KINDS = {
     ("tokenize", "raylet"): 10,
 }
 """Of a hundred kill runs of a stage, how many kill what."""
-_QUICK = {("shard", "driver"): 1, ("shard", "worker"): 1, ("tokenize", "encoder"): 1}  # the rest: make faults
+_QUICK = {("shard", "driver"): 1, ("shard", "worker"): 1, ("tokenize", "decoder"): 1}  # the rest: make faults
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
