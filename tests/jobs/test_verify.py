@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -25,6 +26,7 @@ from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip, write_token_shard
 from tests.conftest import Stages
 from tests.faults.cases import files_of
+from tests.object_server import serve_objects
 
 
 @pytest.mark.parametrize(("text", "share"), [("0.1%", 0.001), ("0.001", 0.001), ("100%", 1.0), ("1", 1.0), ("0", 0.0)])
@@ -103,6 +105,32 @@ def test_a_shifted_sample_is_found_and_made_again(stages: Stages, tmp_path: Path
     assert result.figures["codes_different"] == 0
     after = files_of(tokens)
     assert {name for name in before if before[name] != after[name]} <= {"dataset.json"}  # says where the clips are
+
+
+def test_limits_are_those_of_the_last_command(stages: Stages, tmp_path: Path) -> None:
+    """They are no part of a dataset's identity, and a clip that took long to decode takes long again."""
+    tokens = copy_tokens(stages, tmp_path)
+    plain = json.loads((tokens / "config.json").read_text())
+    plain["settings"]["limits"]["timeout_s"] = 0.001
+    (tokens / "config.json").write_text(json.dumps(plain))
+    (problem,) = verify.run(VerifyConfig(dataset=str(tokens), re_encode=0.01)).figures["problems"]
+    assert "its clip cannot be decoded again: timeout" in problem
+    (tokens / "config.json").unlink()
+    assert verify.run(VerifyConfig(dataset=str(tokens), re_encode=0.01)).status == "done"
+
+
+def test_a_tokenizer_in_an_object_store(stages: Stages) -> None:
+    settings = TokenizeSettings(frames=FrameConfig(fps=4.0, size_px=64))
+    frames = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    with serve_objects() as server:
+        bucket = server.make_bucket("verify")
+        for path in (stages.tokens / "tokenizer").iterdir():
+            server.client.put_object(Bucket=bucket, Key=f"tokens/tokenizer/{path.name}", Body=path.read_bytes())
+        codes = []
+        for place in (stages.tokens, server.url(f"{bucket}/tokens")):
+            with verify._encode_of(Store.at(place), read_meta(stages.tokens), settings) as encode:
+                codes.append(encode(frames))
+    np.testing.assert_array_equal(*codes)
 
 
 class TestWhatItNeeds:
