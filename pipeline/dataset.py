@@ -85,7 +85,7 @@ def create_or_resume(
     if store.is_local:
         for part in _PARTS:
             store.path(part).mkdir(exist_ok=True)
-        _remove_leftovers(store, ("", *_PARTS))
+        _remove_leftovers(store, ("", *_PARTS, "tokenizer"))
     for source, name in ((plan_rejects, PLAN_REJECTS), (plan, PLAN_NAME)):
         if source is not None and not store.exists(name):
             scratch = store.scratch(name)

@@ -50,9 +50,9 @@ class TokenizeSettings:
         """What becomes a sample of each clip, the plainest view first."""
         return self.views.views(self.frames.size_px)
 
-    def view(self, name: str) -> View:
-        """The view of that name, as the index has it."""
-        return next(view for view in self.all_views() if view.name == name)
+    def view(self, name: str) -> View | None:
+        """The view of that name, as the index has it; None where these settings make none of that name."""
+        return next((view for view in self.all_views() if view.name == name), None)
 
 
 def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[str, Any]) -> DatasetMeta:
