@@ -12,7 +12,7 @@ import tyro
 
 from jobs.config import CONFIG_NAME, from_plain
 from jobs.result import JobResult
-from pipeline.dataset import DatasetMeta, read_meta
+from pipeline.dataset import find_parent, read_meta
 from pipeline.errors import ConfigError
 from pipeline.storage import Store
 from pipeline.verify import Problem, repair
@@ -62,23 +62,10 @@ def run(config: VerifyConfig) -> JobResult:
 
 
 def _check(store: Store) -> list[Problem]:
-    problems = list(verify_dataset(store, _find_parent(store, read_meta(store))))
+    problems = list(verify_dataset(store, find_parent(store, read_meta(store))))
     for problem in problems:
         log.error(problem.text)
     return problems
-
-
-def _find_parent(store: Store, meta: DatasetMeta) -> Store | None:
-    """The clip dataset of a token dataset, where it is still at hand."""
-    place = meta.extra.get("clips")
-    if place is None:
-        return None
-    parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
-    try:
-        found = read_meta(parent, kind="clips").fingerprint
-    except ConfigError:
-        return None
-    return parent if found == meta.parent_fingerprint else None
 
 
 def _rebuild(store: Store) -> None:
