@@ -33,7 +33,7 @@ def test_every_layout_gives_back_its_codes(codebook_size: int) -> None:
 
 def test_the_table(tmp_path: Path) -> None:
     tokens = make_token_dataset(tmp_path / "tokens", [[40, 3], [20]], extra=EXTRA)
-    figures = run(BenchLayoutConfig(tokens=str(tokens), windows=50, repeats=1)).figures
+    figures = run(BenchLayoutConfig(tokens=str(tokens), batch_windows=8, batches=4, repeats=1)).figures
     assert figures["clips"] == 3 and figures["tokens"] == 63 * 6
     table = {row["layout"]: row for row in figures["table"]}
     assert table["uint16"]["bytes_per_token"] == 2 and table["packed, 16 bits"]["bytes_per_token"] == round(16 / 6, 4)
@@ -41,5 +41,5 @@ def test_the_table(tmp_path: Path) -> None:
     assert all(row["window_us"] > 0 for row in table.values())
     with pytest.raises(ConfigError, match="window_frames = 41: no clip"):
         run(BenchLayoutConfig(tokens=str(tokens), window_frames=41))
-    with pytest.raises(ConfigError, match="windows = 0"):
-        BenchLayoutConfig(tokens="t", windows=0)
+    with pytest.raises(ConfigError, match="batches = 0"):
+        BenchLayoutConfig(tokens="t", batches=0)

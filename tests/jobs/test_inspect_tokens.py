@@ -41,7 +41,7 @@ def test_the_page_says_what_the_tokens_say(stages: Stages, tmp_path: Path) -> No
     shares = shares[shares > 0] / shares.sum()
     bits = -np.sum(shares * np.log2(shares))
     assert figures["entropy_bits"] == pytest.approx(bits, abs=1e-3)
-    assert figures["perplexity"] == pytest.approx(2**bits, rel=1e-3) and figures["codes_used"] == len(shares)
+    assert figures["perplexity"] == pytest.approx(2**bits, abs=0.01) and figures["codes_used"] == len(shares)
     same = sum(np.sum(one[1:] == one[:-1]) for one in codes.values())
     assert figures["static_share"] == pytest.approx(same / sum(one[1:].size for one in codes.values()), abs=1e-5)
 
