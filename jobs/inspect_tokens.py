@@ -79,7 +79,7 @@ def _sizes(meta: DatasetMeta, num_tokens: int, statistics: TokenStatistics) -> S
     return Section(
         heading="size on disk",
         note=f"{packed_bits} bits tell {len(statistics.uses):,} codes apart. No code of single tokens goes below the entropy; one that "
-        "looks at neighbours could. `tokenreel bench layout` measures what a smaller layout costs when windows are read.",
+        "looks at neighbours could. tokenreel bench layout measures what a smaller layout costs when windows are read.",
         table=Table(columns=("layout", "size", "bits a token", "of 16 bits"), lines=lines),
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -112,8 +111,8 @@ class Scan(NamedTuple):
 
 def source_group(source: str) -> str:
     """The folder of a source file, or the file itself where it lies in none."""
-    folder = str(PurePosixPath(source).parent)
-    return source if folder == "." else f"{folder}/"
+    folder = source.rpartition("/")[0]
+    return f"{folder}/" if folder else source
 
 
 def sample_shards(index: pa.Table, max_tokens: int, seed: int = 0) -> list[int]:
