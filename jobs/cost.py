@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import ConfigError
 
+T = TypeVar("T")
 SAMPLE_BYTES = 2300
 """Of a token sample beside its codes: tar headers, padding, KEY.json and its index row (2,250 on the demo's clips)."""
 
@@ -34,7 +35,7 @@ class DecodeSpeed:
 class EncodeSpeed:
     """Of one GPU, or of `num_threads` CPUs.
 
-    tokenizer: `repr` of its config, which says kind and size. size_px: side of the frames.
+    tokenizer: `repr` of its config, which says kind and size. size_px: side of the frames. num_threads: of no meaning for a GPU.
     """
 
     tokenizer: str
@@ -88,16 +89,14 @@ class Measured:
         )
 
 
-def _merge(old: Mapping[str, Sequence[Any]], new: Mapping[str, Sequence[Any]], key: Callable[[Any], Any]) -> Any:
-    return {
-        name: [
-            one
-            for _, one in sorted(
-                {**{key(one): one for one in old.get(name, ())}, **{key(one): one for one in new.get(name, ())}}.items()
-            )
-        ]
-        for name in sorted({*old, *new})
-    }
+def _merge(
+    old: Mapping[str, Sequence[T]], new: Mapping[str, Sequence[T]], key: Callable[[T], Any]
+) -> dict[str, list[T]]:
+    merged = {}
+    for name in sorted({*old, *new}):
+        rows = {key(one): one for one in (*old.get(name, ()), *new.get(name, ()))}
+        merged[name] = [rows[place] for place in sorted(rows)]
+    return merged
 
 
 def save(path: Path, newer: Measured) -> None:
