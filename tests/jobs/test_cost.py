@@ -103,7 +103,7 @@ def test_a_prediction_holds_within_a_factor_of_two_and_a_half(stages: Stages, tm
     videos = tmp_path / "videos"
     videos.mkdir()
     rows = read_index(stages.clips).to_pylist()
-    for row in rows:
+    for row in rows[::4]:
         data = Store.at(stages.clips).read_range(f"shards/{row['shard']:06d}.tar", row["offset"], row["size"])
         (videos / f"{row['key']}.{row['ext']}").write_bytes(data)
     decode.run(decode.BenchDecodeConfig(videos=videos, fps=4, size_px=64, repeats=1, save=path))

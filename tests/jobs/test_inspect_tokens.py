@@ -34,7 +34,7 @@ def codes_of(tokens: Path, row: dict) -> np.ndarray:
 def test_the_page_says_what_the_tokens_say(stages: Stages, tmp_path: Path) -> None:
     rows = read_index(stages.tokens).to_pylist()
     figures = inspect.run(
-        InspectConfig(dataset=str(stages.tokens), page=tmp_path / "page.html", examples=3, bins=8)
+        InspectConfig(dataset=str(stages.tokens), page=tmp_path / "page.html", examples=3, bins=8, sample_clips=8)
     ).figures
     codes = {row["key"]: codes_of(stages.tokens, row) for row in rows}
     shares = np.bincount(np.concatenate([one.reshape(-1) for one in codes.values()]), minlength=64)
@@ -45,27 +45,28 @@ def test_the_page_says_what_the_tokens_say(stages: Stages, tmp_path: Path) -> No
     same = sum(np.sum(one[1:] == one[:-1]) for one in codes.values())
     assert figures["static_share"] == pytest.approx(same / sum(one[1:].size for one in codes.values()), abs=1e-5)
 
-    meta, parent = read_meta(stages.tokens), find_parent(Store.at(stages.tokens), read_meta(stages.tokens))
-    assert parent is not None
-    tokenizer, psnr_db = load_tokenizer(stages.tokens / "tokenizer"), []
-    for row in rows:
-        shown = np.unique(np.linspace(0, row["num_frames"] - 1, 8).round().astype(int))
-        frames = original_frames(parent, meta, row)
-        assert isinstance(frames, np.ndarray)
-        decoded = tokenizer.decode(torch.from_numpy(codes[row["key"]][shown])).numpy().astype(float)
-        psnr_db.append(float(10 * np.log10(255**2 / np.mean((frames[shown] - decoded) ** 2))))
-    assert figures["clips_reconstructed"] == len(rows)
-    found = [figures[f"psnr_db_{name}"] for name in ("min", "median", "max")]
-    assert found == pytest.approx([min(psnr_db), sorted(psnr_db)[len(rows) // 2], max(psnr_db)], abs=0.01)
-
     sections = sections_of(tmp_path / "page.html")
     assert list(sections)[:5] == ["size on disk", "code use", "sources", "static share", "PSNR"]
     size = sum(row["size"] for row in rows)
     assert "packed, 6 bits a token" in sections["size on disk"] and f"{size / 1000:.4g} kB" in sections["size on disk"]
     assert sections["code use"].count("<rect") == 8
     assert all(row["source"] in sections["sources"] for row in rows)
-    captions = re.findall(r"<figcaption>PSNR ([\d.]+) dB", sections["PSNR"])
-    assert [float(caption) for caption in captions[::2]] == pytest.approx([min(psnr_db), max(psnr_db)], abs=0.01)
+    examples = re.findall(r"<figcaption>PSNR ([\d.]+) dB [^<]* · (\S+)</figcaption>", sections["PSNR"])
+    assert figures["clips_reconstructed"] == min(8, len(rows)) and len(examples) == 3
+    assert [float(psnr_db) for psnr_db, _ in examples] == pytest.approx(
+        [figures[f"psnr_db_{name}"] for name in ("min", "median", "max")], abs=0.01
+    )
+    meta, parent = read_meta(stages.tokens), find_parent(Store.at(stages.tokens), read_meta(stages.tokens))
+    assert parent is not None
+    tokenizer = load_tokenizer(stages.tokens / "tokenizer")
+    for psnr_db, key in examples:
+        row = next(row for row in rows if row["key"] == key)
+        shown = np.unique(np.linspace(0, row["num_frames"] - 1, 8).round().astype(int))
+        frames = original_frames(parent, meta, row)
+        assert isinstance(frames, np.ndarray)
+        decoded = tokenizer.decode(torch.from_numpy(codes[key][shown])).numpy().astype(float)
+        expected_db = 10 * np.log10(255**2 / np.mean((frames[shown] - decoded) ** 2))
+        assert float(psnr_db) == pytest.approx(float(expected_db), abs=0.01)
     assert sections["PSNR"].count("data:image/") == 6  # an original and a reconstruction of each example
 
 
