@@ -48,7 +48,9 @@ _JOBS = {
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
     "inspect": _Job(
-        module="jobs.inspect", config="InspectConfig", summary="a page about a dataset: scores, frames, rejects"
+        module="jobs.inspect",
+        config="InspectConfig",
+        summary="a page about a dataset: scores or codes, frames, rejects",
     ),
     "bench plan": _Job(
         module="jobs.bench.plan", config="BenchPlanConfig", summary="plan a manifest of 10 million rows"
@@ -68,6 +70,11 @@ _JOBS = {
     ),
     "bench decode": _Job(
         module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
+    ),
+    "bench layout": _Job(
+        module="jobs.bench.layout",
+        config="BenchLayoutConfig",
+        summary="smaller layouts of tokens, and windows read from them",
     ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }

@@ -11,27 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import tyro
 
 from jobs.checkpoint import list_checkpoints
-from jobs.config import CONFIG_NAME, from_plain, load_config, to_plain
+from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.folder import lock_folder
 from jobs.loop import seed_everything
 from jobs.pretrain import PretrainConfig, draw_predictions, load_objective
 from jobs.probes import make_tasks, probe, read_views
 from jobs.result import JobResult
+from jobs.token_origin import original_frames
 from jobs.tracking import DatasetInput, Tracker
 from models.vimpac import VimpacBackbone, VimpacObjective
-from pipeline.dataset import DatasetMeta, read_index, read_meta
+from pipeline.dataset import DatasetMeta, find_parent, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.loader import WindowReader
 from pipeline.order import draw_seeds
 from pipeline.schema import Reject, Split, fingerprint
 from pipeline.storage import Store
-from pipeline.tokenizing import TokenizeSettings, decode_clip
 
 log = logging.getLogger(__name__)
 _SHEET_CLIPS = 8
@@ -272,18 +271,8 @@ def _originals(
     tokens: Path, meta: DatasetMeta, row: dict[str, Any], start: int, num_frames: int
 ) -> Sequence[np.ndarray]:
     """The window's frames as they were before the tokenizer, where its clip dataset is still at hand."""
-    place = meta.extra["clips"]
-    clips = Store.at(place if "://" in place else (tokens / place).resolve())
-    try:
-        if read_meta(clips, kind="clips").fingerprint != meta.parent_fingerprint:
-            return []
-    except ConfigError:
+    clips = find_parent(Store.at(tokens), meta)
+    if clips is None:
         return []
-    index = read_index(clips)
-    parent = index.filter(pc.equal(index["key"], row["clip_key"])).to_pylist()
-    if not parent:
-        return []
-    config = {name: value for name, value in meta.config.items() if name != "tokenizer"}
-    settings = from_plain(config, TokenizeSettings, f"of {tokens}")
-    frames = decode_clip(clips, parent[0], settings, settings.view(row["view"]))
+    frames = original_frames(clips, meta, row)
     return [] if isinstance(frames, Reject) else [frames[start : start + num_frames]]

@@ -19,7 +19,7 @@ from jobs.config import CONFIG_NAME, load_config
 from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.result import JobResult
-from jobs.tokenize import TOKENIZER_FOLDER
+from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
 from jobs.training import Task, WorkersConfig, read_run_fingerprint, run_training
 from models.optim import OptimConfig, lr_at

@@ -18,6 +18,7 @@ from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.frame_encoder import FrameEncoder
 from jobs.result import JobResult
+from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
 from models.tokenizers.base import load_tokenizer
 from pipeline.dataset import committed_shards, read_index, read_meta
@@ -29,8 +30,6 @@ from pipeline.tokenizing import TokenizeSettings, describe_tokens
 from pipeline.worker import EncoderUse
 
 log = logging.getLogger(__name__)
-TOKENIZER_FOLDER = "tokenizer"
-"""Where a token dataset keeps a copy of its tokenizer, so that its tokens can be shown without anything else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -18,10 +16,12 @@ from tyro.constructors import PrimitiveConstructorSpec
 from jobs.config import CONFIG_NAME, from_plain
 from jobs.progress import Progress
 from jobs.result import JobResult
+from jobs.token_origin import TOKENIZER_FOLDER, kept_tokenizer, settings_of
 from pipeline.audit import audit, draw_samples
-from pipeline.dataset import DatasetMeta, listed_shards, read_meta
+from pipeline.dataset import DatasetMeta, find_parent, listed_shards, read_meta
 from pipeline.encoding import Encode
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.ffmpeg import FfmpegLimits
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings
 from pipeline.verify import Problem, repair
@@ -123,7 +123,7 @@ class _Check:
 
     def _find(self) -> Iterator[Problem]:
         found = []
-        for problem in verify_dataset(self._store, _find_parent(self._store, read_meta(self._store))):
+        for problem in verify_dataset(self._store, find_parent(self._store, read_meta(self._store))):
             found.append(problem.shard)
             yield problem
         if self._config.re_encode:
@@ -138,10 +138,8 @@ class _Check:
         number = sum(map(len, drawn.values()))
         self.figures = {"samples_re_encoded": number, "codes_compared": 0, "codes_different": 0}
         settings = _settings_of(store, meta)
-        with (
-            _encode_of(store, meta, settings) as encode,
-            Progress("re-encode", "samples", number) as bar,
-        ):
+        encode = _encode_of(store, meta, settings)
+        with Progress("re-encode", "samples", number) as bar:
             for one in audit(store, clips, drawn, settings, encode, config.re_encode_tolerance):
                 self.figures["codes_compared"] += one.codes_compared
                 self.figures["codes_different"] += one.codes_different
@@ -154,7 +152,7 @@ def _require_clips(store: Store, meta: DatasetMeta) -> Store:
     """The clip dataset that tokens were made from."""
     if meta.kind != "tokens":
         raise ConfigError(f"{store} holds {meta.kind}; only tokens can be encoded again (--re-encode)")
-    clips = _find_parent(store, meta)
+    clips = find_parent(store, meta)
     if clips is None:
         raise ConfigError(
             f"{store}: --re-encode needs the clips that its tokens were made from, dataset {meta.parent_fingerprint}; at "
@@ -164,16 +162,16 @@ def _require_clips(store: Store, meta: DatasetMeta) -> Store:
 
 
 def _settings_of(store: Store, meta: DatasetMeta) -> TokenizeSettings:
-    """The settings that made a token dataset. Its limits are no part of its identity: they are its last command's."""
-    plain: dict[str, Any] = {name: value for name, value in meta.config.items() if name != "tokenizer"}
+    """The settings that made a token dataset, with the limits of its last command."""
+    settings = settings_of(meta)
     with contextlib.suppress(ConfigError, KeyError):
-        plain["limits"] = _read_config(store)["settings"]["limits"]
-    return from_plain(plain, TokenizeSettings, store.where("dataset.json"))
+        limits = from_plain(_read_config(store)["settings"]["limits"], FfmpegLimits, store.where(CONFIG_NAME))
+        settings = replace(settings, limits=limits)
+    return settings
 
 
-@contextlib.contextmanager
-def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> Iterator[Encode]:
-    """How the tokenizer that a token dataset keeps encodes, for the body.
+def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> Encode:
+    """How the tokenizer that a token dataset keeps encodes.
 
     Raises:
         DatasetError: it is not there, is damaged, or is not the one that made the tokens.
@@ -181,40 +179,20 @@ def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> I
     import torch
 
     from jobs.frame_encoder import FrameEncoder
-    from jobs.tokenize import TOKENIZER_FOLDER
-    from models.tokenizers.base import CONFIG_FILE, WEIGHTS_FILE
+    from models.tokenizers.base import load_tokenizer
 
-    with contextlib.ExitStack() as stack:
-        try:
-            if store.is_local:
-                folder = store.path(TOKENIZER_FOLDER)
-            else:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                for name in (CONFIG_FILE, WEIGHTS_FILE):
-                    (folder / name).write_bytes(store.read(f"{TOKENIZER_FOLDER}/{name}"))
-            encode = FrameEncoder(folder, "cuda" if torch.cuda.is_available() else "cpu", settings.precision)
-            fingerprint = json.loads((folder / CONFIG_FILE).read_text())["fingerprint"]
-        except (FileNotFoundError, ValueError) as error:
-            raise DatasetError(f"{store.where(TOKENIZER_FOLDER)}: the tokenizer cannot be loaded: {error}") from error
-        if fingerprint != meta.config["tokenizer"]:
-            raise DatasetError(
-                f"{store.where(TOKENIZER_FOLDER)} has fingerprint {fingerprint}; the tokens were made by "
-                f"{meta.config['tokenizer']}. Put that tokenizer there"
-            )
-        yield encode
-
-
-def _find_parent(store: Store, meta: DatasetMeta) -> Store | None:
-    """The clip dataset of a token dataset, where it is still at hand."""
-    place = meta.extra.get("clips")
-    if place is None:
-        return None
-    parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = read_meta(parent, kind="clips").fingerprint
-    except ConfigError:
-        return None
-    return parent if found == meta.parent_fingerprint else None
+        with kept_tokenizer(store) as folder:
+            tokenizer = load_tokenizer(folder, device, settings.precision)
+    except (FileNotFoundError, ValueError) as error:
+        raise DatasetError(f"{store.where(TOKENIZER_FOLDER)}: the tokenizer cannot be loaded: {error}") from error
+    if tokenizer.fingerprint() != meta.config["tokenizer"]:
+        raise DatasetError(
+            f"{store.where(TOKENIZER_FOLDER)} has fingerprint {tokenizer.fingerprint()}; the tokens were made by "
+            f"{meta.config['tokenizer']}. Put that tokenizer there"
+        )
+    return FrameEncoder(tokenizer, device, settings.precision)
 
 
 def _rebuild(store: Store) -> None:

@@ -131,6 +131,19 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
     return meta
 
 
+def find_parent(store: Store, meta: DatasetMeta) -> Store | None:
+    """The clip dataset that the token dataset in `store` was made from, where it is still at hand."""
+    place = meta.extra.get("clips")
+    if place is None:
+        return None
+    parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
+    try:
+        found = read_meta(parent, kind="clips").fingerprint
+    except ConfigError:
+        return None
+    return parent if found == meta.parent_fingerprint else None
+
+
 def write_meta(place: Place, meta: DatasetMeta) -> None:
     Store.at(place).write(_META, (json.dumps(asdict(meta), indent=2, sort_keys=True) + "\n").encode())
 

@@ -130,8 +130,8 @@ def test_a_tokenizer_in_an_object_store(stages: Stages) -> None:
             server.client.put_object(Bucket=bucket, Key=f"tokens/tokenizer/{path.name}", Body=path.read_bytes())
         codes = []
         for place in (stages.tokens, server.url(f"{bucket}/tokens")):
-            with verify._encode_of(Store.at(place), read_meta(stages.tokens), settings) as encode:
-                codes.append(encode(frames))
+            encode = verify._encode_of(Store.at(place), read_meta(stages.tokens), settings)
+            codes.append(encode(frames))
     np.testing.assert_array_equal(*codes)
 
 
