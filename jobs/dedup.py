@@ -65,12 +65,15 @@ class DedupConfig:
 @dataclass(frozen=True, slots=True)
 class Found:
     """What `find` found. pairs: int64 (n, 2) rows of the index that were compared, with their `scores` and `offsets_s`, the
-    seconds of the first that pass before the second begins; num_crowded: keys that too many samples share."""
+    seconds of the first that pass before the second begins; num_crowded: keys that too many samples share; keys_cpu_s and
+    compare_cpu_s: CPU time of the pass over all samples, reading and sorting included, and of the comparisons."""
 
     pairs: np.ndarray
     scores: np.ndarray
     offsets_s: np.ndarray
     num_crowded: int
+    keys_cpu_s: float
+    compare_cpu_s: float
 
 
 def run(config: DedupConfig) -> JobResult:
@@ -151,10 +154,11 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
     codebook_size = meta.extra["tokenizer"]["codebook_size"]
     fps = index["fps"].to_numpy()
     if not len(index):
-        return Found(np.empty((0, 2), np.int64), np.empty(0), np.empty(0), 0)
+        return Found(np.empty((0, 2), np.int64), np.empty(0), np.empty(0), 0, 0.0, 0.0)
     chosen = np.unique(np.linspace(0, len(index) - 1, min(settings.learn_samples, len(index))).astype(int))
     learnt = ((codes, fps[sample]) for sample, codes in _stream(store, index, chosen))
     sketcher = Sketcher.learn(learnt, codebook_size, settings.num_bands)
+    started_cpu_s = time.process_time()
     shutil.rmtree(scratch, ignore_errors=True)  # of a job that was killed
     try:
         with Progress("dedup: keys", "samples", len(index)) as bar:
@@ -168,10 +172,13 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
+    keys_cpu_s = time.process_time() - started_cpu_s
+
     @functools.lru_cache(_FILMS)
     def film(sample: int) -> Film:
         row = index.slice(sample, 1).to_pylist()[0]
-        return sketcher.film(_as_codes(read_payload(store, row), row), row["fps"])
+        codes = np.frombuffer(read_payload(store, row), "<u2")
+        return sketcher.film(codes.reshape(row["num_frames"], row["height"], row["width"]), row["fps"])
 
     scores, offsets_s = np.zeros(len(pairs)), np.zeros(len(pairs))
     with Progress("dedup: compare", "pairs", len(pairs)) as bar:
@@ -179,26 +186,24 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
             scores[row], offset = match(film(one), film(other), settings.min_overlap, sketcher.floor)
             offsets_s[row] = offset * stride_of(fps[one]) / fps[one]
             bar.advance(1)
-    return Found(pairs, scores, offsets_s, num_crowded)
+    compare_cpu_s = time.process_time() - started_cpu_s - keys_cpu_s
+    return Found(pairs, scores, offsets_s, num_crowded, keys_cpu_s, compare_cpu_s)
 
 
 def _stream(store: Store, index: pa.Table, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Number and codes (t h w) of these rows of `index`, in its order, each shard opened once."""
-    shards = index["shard"].to_numpy()[samples]
+    shards, offsets, sizes = (index[name].to_numpy()[samples] for name in ("shard", "offset", "size"))
+    shapes = np.stack([index[name].to_numpy()[samples] for name in ("num_frames", "height", "width")], axis=1)
     for shard in np.unique(shards).tolist():
         with store.open(shard_name(shard)) as file:
-            for sample in samples[shards == shard].tolist():
-                row = index.slice(sample, 1).to_pylist()[0]
-                data = os.pread(file.fileno(), row["size"], row["offset"])
-                if len(data) != row["size"]:
+            for place in np.flatnonzero(shards == shard).tolist():
+                data = os.pread(file.fileno(), int(sizes[place]), int(offsets[place]))
+                if len(data) != sizes[place]:
+                    key = index["key"][int(samples[place])].as_py()
                     raise DatasetError(
-                        f"{store.where(shard_name(shard))}: sample {row['key']} is cut off; run `tokenreel verify {store}`"
+                        f"{store.where(shard_name(shard))}: sample {key} is cut off; run `tokenreel verify {store}`"
                     )
-                yield sample, _as_codes(data, row)
-
-
-def _as_codes(data: bytes, row: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(data, "<u2").reshape(row["num_frames"], row["height"], row["width"])
+                yield int(samples[place]), np.frombuffer(data, "<u2").reshape(shapes[place])
 
 
 def _groups(index: pa.Table, choice: Choice, pairs: np.ndarray, scores: np.ndarray, offsets_s: np.ndarray) -> pa.Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +26,12 @@ _STEPS_PER_S = 4.0
 """Of more frames a second only every n-th is looked at."""
 _LEARN_STEPS = 64
 _KEY_DIMS = 4
-_KEY_BITS = 16
+_KEY_BITS = 12
 """Of either half of a key, looks and change."""
-_SHRINKAGE = 0.3
+_SHRINKAGE = 0.1
 _QUIETEST = 0.1
 _FLOOR = 0.01
+_BATCH_SAMPLES = 256
 _MERGE_PAIRS = 2**23
 
 
@@ -44,8 +46,8 @@ class NearDuplicateConfig:
     """Share of the shorter sample that must be in both."""
     num_bands: int = 32
     """Keys a step of change: more find more copies, and take more time and disk."""
-    min_shared_keys: int = 1
-    """Keys that two samples must share to be compared: 2 or 3 save most comparisons in a large dataset, and lose some copies."""
+    min_shared_keys: int = 2
+    """Keys that two samples must share to be compared: each one more saves most comparisons in a large dataset, and loses some copies."""
     max_bucket: int = 64
     """A key that more samples share than this is left out: comparing all of them would take their number squared."""
     learn_samples: int = 2000
@@ -113,8 +115,9 @@ class Sketcher:
             (part[moving] @ planes[:-1] + planes[-1] > 0).reshape(-1, planes.shape[1] // _KEY_BITS, _KEY_BITS)
             for part, planes in ((looks, self.looks), (changes, self.change))
         ]
-        words = np.packbits(np.concatenate(bits, axis=2), axis=2).view(">u4")[:, :, 0].astype(np.uint64)
-        bands = np.arange(words.shape[1], dtype=np.uint64) << np.uint64(32)
+        powers = 1 << np.arange(2 * _KEY_BITS, dtype=np.uint64)
+        words = (np.concatenate(bits, axis=2) * powers).sum(2, dtype=np.uint64)
+        bands = np.arange(words.shape[1], dtype=np.uint64) << np.uint64(2 * _KEY_BITS)
         return np.unique(mix64(words | bands))
 
     def film(self, codes: np.ndarray, fps: float) -> Film:
@@ -162,8 +165,11 @@ def find_candidates(keys: Iterable[np.ndarray], scratch: Path, config: NearDupli
         scratch: folder for temporary files.
     """
     spill = Spill(scratch)
-    for sample, own in enumerate(keys):
-        spill.add(pa.table({"key": pa.array(own), "sample": pa.array(np.full(len(own), sample, np.int32))}))
+    numbered = enumerate(keys)
+    while batch := list(islice(numbered, _BATCH_SAMPLES)):
+        samples = [np.full(len(own), sample, np.int32) for sample, own in batch]
+        own_keys = np.concatenate([own for _, own in batch])
+        spill.add(pa.table({"key": pa.array(own_keys), "sample": pa.array(np.concatenate(samples))}))
     found, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     waiting: list[np.ndarray] = []
     num_crowded = 0

@@ -15,7 +15,6 @@ import tyro
 
 from jobs import shard, tokenize
 from jobs.bench.dedup_copies import COPY_KINDS, ORIGINAL, make_copies
-from jobs.cluster import connect
 from jobs.data_job import RejectPolicy
 from jobs.dedup import Found, find
 from jobs.result import JobResult
@@ -70,10 +69,10 @@ def run(config: BenchDedupConfig) -> JobResult:
     started_s = time.monotonic()
     tokens = Store.at(_tokenize_copies(config))
     meta, index = read_meta(tokens, kind="tokens", complete=True), read_index(tokens).combine_chunks()
-    begun_s = time.perf_counter()
     found = find(tokens, meta, index, config.settings, config.folder / ".keys")
     figures = {
-        "find_s": round(time.perf_counter() - begun_s, 2),
+        "keys_cpu_ms_per_sample": round(1e3 * found.keys_cpu_s / len(index), 3),
+        "compare_cpu_ms_per_pair": round(1e3 * found.compare_cpu_s / max(1, len(found.pairs)), 3),
         **measure(index, found, config.settings),
     }
     log.info(f"bench dedup: {figures}")
@@ -98,12 +97,11 @@ def _tokenize_copies(config: BenchDedupConfig) -> Path:
         val_fraction=0.3,
     )
     frames = TokenizeSettings(frames=FrameConfig(fps=config.fps, size_px=config.size_px))
-    with connect():
-        lenient = RejectPolicy(max_reject_fraction=1.0)
-        shard.run(shard.ShardConfig(corpus=str(copies), out=str(clips), settings=settings, rejects=lenient))
-        tokenize.run(
-            tokenize.TokenizeConfig(clips=str(clips), out=str(tokens), tokenizer=config.tokenizer, settings=frames)
-        )
+    lenient = RejectPolicy(max_reject_fraction=1.0)
+    shard.run(shard.ShardConfig(corpus=str(copies), out=str(clips), settings=settings, rejects=lenient))
+    tokenize.run(
+        tokenize.TokenizeConfig(clips=str(clips), out=str(tokens), tokenizer=config.tokenizer, settings=frames)
+    )
     return tokens
 
 
