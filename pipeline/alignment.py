@@ -12,11 +12,13 @@ _SIDE = 8
 _SCALES = (1.0, 1.1, 1.25, 1.43)
 """How much larger one of the two may show the other's picture: up to what a crop of 15 % off each side does."""
 _MIN_STEPS = 3
+_LAG = 2
+_STEADY = 3.0
 
 
 class Match(NamedTuple):
-    """score: 0 to 1, the lower of how much two samples look alike and how much they move alike. offset: steps of the first
-    sample that pass before the second one begins; negative where the second begins first."""
+    """score: 0 to 1, the least of how much two samples look alike, move alike, and do so all the time. offset: steps of the
+    first sample that pass before the second one begins; negative where the second begins first."""
 
     score: float
     offset: int
@@ -54,7 +56,9 @@ def match(one: Film, other: Film, min_overlap: float, floor: float) -> Match:
     """The best way to lay one film over the other.
 
     Moving alike is the correlation of what changes: of each place's deviation from its own mean over the overlap. What stands
-    still says nothing, so two quiet scenes of one room are no match. Looking alike is the correlation of those means.
+    still says nothing, so two quiet scenes of one room are no match. Looking alike is the correlation of those means. All the
+    time: the mean over steps of the cosine of what changes in _LAG of them, times _STEADY, as these are short and noisy; a menu
+    that opens at one moment in two quiet scenes is no match.
 
     Args:
         min_overlap: share of the shorter film that must lie on the other.
@@ -76,10 +80,18 @@ def match(one: Film, other: Film, min_overlap: float, floor: float) -> Match:
             if alike > best:
                 best, place = float(alike), (a, b, start, other_start, count)
     a, b, start, other_start, count = place
-    mean = one.maps[a][start : start + count].mean(0)
-    other_mean = other.maps[b][other_start : other_start + count].mean(0)
-    looks = float(mean @ other_mean / (np.linalg.norm(mean) * np.linalg.norm(other_mean) + 1e-9))
-    return Match(max(0.0, min(best, looks)), start - other_start)
+    shown, other_shown = one.maps[a][start : start + count], other.maps[b][other_start : other_start + count]
+    looks = _cosines(shown.mean(0), other_shown.mean(0), 0.0)
+    changes, other_changes = shown[_LAG:] - shown[:-_LAG], other_shown[_LAG:] - other_shown[:-_LAG]
+    steady = _cosines(changes, other_changes, math.sqrt(floor)).mean() if len(changes) else 0.0
+    return Match(max(0.0, min(best, float(looks), _STEADY * float(steady))), start - other_start)
+
+
+def _cosines(one: np.ndarray, other: np.ndarray, floor: float) -> np.ndarray:
+    """Of the vectors along the last axis, each made longer by `floor`."""
+    lengths = [np.linalg.norm(part, axis=-1) + floor + 1e-6 for part in (one, other)]
+    cosines: np.ndarray = np.einsum("...i,...i->...", one, other) / (lengths[0] * lengths[1])
+    return cosines
 
 
 def _summed(gram: np.ndarray) -> np.ndarray:

@@ -75,6 +75,13 @@ class TestCopies:
         assert compare(sketcher, room, later).score < CONFIG.min_score
         assert compare(sketcher, room, make_codes(5, movers=2, noise=0.02)).score >= CONFIG.min_score
 
+    def test_one_event_is_not_enough(self, sketcher: Sketcher) -> None:
+        """The same menu opens in two still shots of one screen."""
+        shots = [make_codes(5, movers=0, noise=0.01, start_s=start_s) for start_s in (0, 40)]
+        for shot in shots:
+            shot[16:, 2:14, 2:14] = SCENES[7][0, 2:14, 2:14]
+        assert compare(sketcher, *shots).score < CONFIG.min_score
+
     def test_what_stands_still_is_nobodys_duplicate(self, sketcher: Sketcher) -> None:
         assert not len(sketcher.keys(STILL, FPS))
         assert compare(sketcher, STILL, STILL).score < 0.01
