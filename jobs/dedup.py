@@ -99,7 +99,6 @@ def run(config: DedupConfig) -> JobResult:
             figures = _dedup(config, store, meta, out, work / ".keys")
             numbers = {name: float(value) for name, value in figures.items()}
             tracker.finish("FINISHED", numbers, [work / CONFIG_NAME] if out.is_local else [])
-            tracker.close()
     log.info(
         f"dedup: {figures['duplicates']} of {figures['samples']} samples are near-duplicates, in {figures['groups']} groups; "
         f"train with --loader.keep-list {out.where(KEEP_NAME)}"

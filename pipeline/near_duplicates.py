@@ -30,7 +30,9 @@ _KEY_BITS = 12
 """Of either half of a key, looks and change."""
 _SHRINKAGE = 0.1
 _QUIETEST = 0.1
+"""Steps that change by less than this share of the median over the dataset have no keys, even in a quiet sample."""
 _FLOOR = 0.01
+"""Share of the median energy of a step that counts as noise."""
 _BATCH_SAMPLES = 256
 _MERGE_PAIRS = 2**23
 
@@ -47,7 +49,8 @@ class NearDuplicateConfig:
     num_bands: int = 32
     """Keys a step of change: more find more copies, and take more time and disk."""
     min_shared_keys: int = 2
-    """Keys that two samples must share to be compared: each one more saves most comparisons in a large dataset, and loses some copies."""
+    """Keys that two samples must share to be compared: each one more saves most comparisons in a large dataset, and loses some
+    copies."""
     max_bucket: int = 64
     """A key that more samples share than this is left out: comparing all of them would take their number squared."""
     learn_samples: int = 2000
@@ -75,7 +78,8 @@ class Sketcher:
     """Turns samples into keys and films by what `learn` found in some of them.
 
     looks, change: affine maps (16 + 1, bands * _KEY_BITS), last row the constant, whose signs are the bits of keys.
-    min_change: how much a step must change to have keys: the median of the samples that were learnt from.
+    min_change: median change of a step in the samples that were learnt from: more than this, or than the sample's own median
+        where that is less, has keys.
     floor: for `alignment.match`.
     """
 
@@ -92,9 +96,7 @@ class Sketcher:
         vectors = learn_code_vectors([codes for codes, _ in thinned], codebook_size)
         looks, changes = zip(*(_features(codes, fps, vectors) for codes, fps in thinned), strict=True)
         all_changes = np.concatenate(changes)
-        energies = [
-            film.energy(0, 0, len(codes)) / len(codes) for codes, _ in thinned for film in [make_film(codes, vectors)]
-        ]
+        energies = [make_film(codes, vectors).energy(0, 0, len(codes)) / len(codes) for codes, _ in thinned]
         rng = np.random.default_rng(0)
         return cls(
             vectors=vectors,
