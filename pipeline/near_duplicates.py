@@ -160,7 +160,8 @@ class Candidates(NamedTuple):
 
 
 def find_candidates(keys: Iterable[np.ndarray], scratch: Path, config: NearDuplicateConfig) -> Candidates:
-    """Pairs of samples with enough keys in common. Keys are sorted on disk, 12 bytes each; memory is 16 bytes a pair.
+    """Pairs of samples with enough keys in common. Keys are sorted on disk, 12 bytes each; memory is 16 bytes for every pair
+    that shares a key at all.
 
     Args:
         keys: of sample 0, 1, ...
