@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
+from threadpoolctl import threadpool_limits
 
 from jobs.config import CONFIG_NAME, to_plain, to_text
 from jobs.folder import lock_folder, work_folder
@@ -139,6 +140,9 @@ def _dedup(config: DedupConfig, store: Store, meta: DatasetMeta, out: Store, scr
     }
 
 
+@threadpool_limits.wrap(
+    limits=1
+)  # the matrices are small: threads cost more than they bring, most of all on busy cores
 def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplicateConfig, scratch: Path) -> Found:
     """Compare the samples of `index` (all rows, in their order) that share enough keys.
 
