@@ -44,6 +44,9 @@ _JOBS = {
         module="jobs.import_dvae", config="ImportDvaeConfig", summary="published DALL-E dVAE -> tokenizer"
     ),
     "tokenize": _Job(module="jobs.tokenize", config="TokenizeConfig", summary="clips + tokenizer -> token dataset"),
+    "dedup": _Job(
+        module="jobs.dedup", config="DedupConfig", summary="near-duplicates in tokens -> a list of samples to keep"
+    ),
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
@@ -75,6 +78,11 @@ _JOBS = {
         module="jobs.bench.layout",
         config="BenchLayoutConfig",
         summary="smaller layouts of tokens, and windows read from them",
+    ),
+    "bench dedup": _Job(
+        module="jobs.bench.dedup",
+        config="BenchDedupConfig",
+        summary="near-duplicates found among copies of real videos",
     ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }

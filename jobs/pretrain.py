@@ -28,6 +28,7 @@ from models.tokenizers.base import load_tokenizer
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.dataset import read_meta
 from pipeline.errors import ConfigError
+from pipeline.keep_list import keep_list_digest
 from pipeline.loader import LoaderConfig, TokenLoader
 
 log = logging.getLogger(__name__)
@@ -86,11 +87,18 @@ def run(config: PretrainConfig) -> JobResult:
         inputs.append(
             DatasetInput(name=config.continue_from.name, fingerprint=source, uri=uri, context="continued run")
         )
+    loader = config.loader
+    if loader.keep_list is not None:
+        place = loader.keep_list.resolve()
+        inputs.append(
+            DatasetInput(name=place.name, fingerprint=keep_list_digest(place), uri=str(place), context="keep list")
+        )
+        loader = replace(loader, keep_list=place)
     return run_training(
         "pretrain",
         config.out,
         config,
-        functools.partial(_build, replace(config, tokens=config.tokens.resolve())),
+        functools.partial(_build, replace(config, tokens=config.tokens.resolve(), loader=loader)),
         inputs,
         functools.partial(_conclude, config),
         name=f"pretrain {config.recipe} {config.out.name}",
