@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clips, group_rows, write_token_shard
 from pipeline.worker import BusyClock, EncoderUse, collected_warnings
 
+log = logging.getLogger(__name__)
 OnShard = Callable[[Written], None]
 """Told of each committed shard. An error that it raises ends the stage."""
 
@@ -113,25 +116,46 @@ def run_tokenize(
         encoder_class.remote(*arguments, batches_at_a_time, groups_ahead) for _ in range(num_encoders)
     ]
     waiting = deque(todo)
-    running: dict[ray.ObjectRef, Any] = {}
+    running: dict[ray.ObjectRef, tuple[Any, int]] = {}
+    times_lost: Counter[int] = Counter()
 
     def start_next(encoder: Any) -> None:
         if waiting:
-            running[encoder.write_shard.remote(waiting.popleft())] = encoder
+            shard = waiting.popleft()
+            running[encoder.write_shard.remote(shard)] = (encoder, shard)
 
     for encoder in encoders * _OPEN_SHARDS:
         start_next(encoder)
     while running:
         done = ray.wait(list(running))[0][0]
-        encoder = running.pop(done)
-        on_shard(_get(done))
+        encoder, shard = running.pop(done)
+        try:
+            on_shard(_get(done))
+        except ray.exceptions.ActorUnavailableError:
+            # Its node is lost, and until Ray knows that, half a minute later, every retry of its own fails at once.
+            times_lost[shard] += 1
+            if times_lost[shard] > _MAX_TIMES_LOST:
+                raise
+            log.warning("shard %06d: its encoder cannot be reached; it is made again", shard)
+            time.sleep(min(2 ** times_lost[shard], 16))
+            waiting.appendleft(shard)
         start_next(encoder)
-    return sum(ray.get([encoder.use.remote() for encoder in encoders]), EncoderUse())
+    return sum((_use(encoder) for encoder in encoders), EncoderUse())
+
+
+def _use(encoder: Any) -> EncoderUse:
+    try:
+        use: EncoderUse = ray.get(encoder.use.remote(), timeout=10)
+        return use
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return EncoderUse()
 
 
 _OPEN_SHARDS = 2
 _MAX_RETRIES = 5
 """Times that a shard, or a group of clips, whose process died is tried again."""
+_MAX_TIMES_LOST = 8
+"""Times that a shard may lose its encoder's node: the waits in between add up to a minute and a half."""
 
 
 class _Encoder:
