@@ -26,10 +26,12 @@ from pipeline.errors import ConfigError
 from pipeline.quality import keep_mask
 from pipeline.schema import SCORES
 from pipeline.storage import Store
+from pipeline.token_statistics import sample_shards, scan_tokens
 from pipeline.tokenizing import TokenizeSettings, describe_tokens
 from pipeline.worker import EncoderUse
 
 log = logging.getLogger(__name__)
+_STATISTICS_TOKENS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,12 +107,17 @@ def run(config: TokenizeConfig) -> JobResult:
 
 
 def _figures(job: DataJob, codebook_size: int, use: EncoderUse) -> dict[str, float]:
-    """Tokens, and what one takes on disk (payload, headers and JSON) beside what its codebook needs at least."""
+    """Tokens, what one takes on disk (payload, headers and JSON) beside what its codebook needs at least, how codes are
+    used (in at most some 16 million tokens), and how long encoders waited."""
     infos = committed_shards(job.out, job.meta.fingerprint).values()
     tokens = sum(info.totals["payload_bytes"] for info in infos) // 2
     figures = {"tokens": tokens, "code_bits": round(math.log2(codebook_size), 2)}
     if tokens:
         figures["bits_per_token"] = round(sum(info.tar_bytes for info in infos) * 8 / tokens, 2)
+        index = read_index(job.out, ["source", "offset", "size", "num_frames", "height", "width"])
+        scan = scan_tokens(job.out, index, codebook_size, shards=sample_shards(index, _STATISTICS_TOKENS))
+        summary = scan.total.summary()
+        figures |= {name: summary[name] for name in ("perplexity", "codes_used_share", "static_share")}
     if use.span_s:
         figures |= {"encoder_busy_s": round(use.busy_s, 2), "encoder_wait_share": round(use.wait_share, 4)}
     return figures
