@@ -67,7 +67,8 @@ def test_parallel_lines_are_two_half_attentions() -> None:
     cls = torch.cat([cls for cls, _ in halves], -2).flatten(1)
     tokens = torch.cat([tokens for _, tokens in halves], -2).reshape(2, 24, 12)
     expected = attention.out(torch.cat([cls[:, None], tokens], 1))
-    torch.testing.assert_close(attention(x, pad), expected)
+    torch.testing.assert_close(attention(x, SHAPE, pad), expected)
+    torch.testing.assert_close(attention(x, SHAPE, None), expected)
 
 
 def test_heads_must_split() -> None:
