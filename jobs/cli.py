@@ -64,6 +64,9 @@ _JOBS = {
     "bench decode": _Job(
         module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
     ),
+    "bench train": _Job(
+        module="jobs.bench.train", config="BenchTrainConfig", summary="a training step against a straightforward one"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
 
