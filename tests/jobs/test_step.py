@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ from tests.models.test_vimpac import HEAD, TINY, make_batch, make_loud_backbone,
 CONFIG = LoopConfig(steps=4, save_every_steps=4, picture_every_steps=0)
 OPTIM = OptimConfig(lr=3e-3)
 DROPOUT = replace(TINY, dropout=0.2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Clips:
@@ -185,6 +195,14 @@ def test_recomputing_keeps_less_and_changes_no_bit(tmp_path: Path) -> None:
     assert losses(runs[0]) == losses(runs[1]) and losses(runs[0], "grad_norm") == losses(runs[1], "grad_norm")
 
 
+def test_layers_are_compiled_when_told_and_on_gpus(tmp_path: Path) -> None:
+    """Which are; that they compute the same is for a machine with time, as compiling takes a minute."""
+    for compile_layers, compiled in (("on", 2), ("off", 0), ("auto", 0)):
+        objective = loud_objective()
+        Step(objective, Context(run=tmp_path), replace(CONFIG, compile=compile_layers), OPTIM)
+        assert sum(block._compiled_call_impl is not None for block in objective.blocks) == compiled
+
+
 def test_a_share_of_the_peak_is_logged_where_there_is_one(tmp_path: Path) -> None:
     row = run_loop(tmp_path / "cpu", replace(CONFIG, steps=1))[-1]
     assert "mfu" not in row and row["clips_per_s"] == pytest.approx(16 / row["step_s"])
@@ -210,9 +228,12 @@ def two_workers(folder: str, rank: int) -> dict[str, list[float]]:
         run = Path(folder) / name
         context = Context(run=run, rank=rank, world_size=2)
         objective = loud_objective(backbone=TINY)
-        train(objective, Clips(rank, 2), context, replace(CONFIG, ema_decay=0.5, **setting), OPTIM)
+        drawn: list[float] = []
+        config = replace(CONFIG, ema_decay=0.5, picture_every_steps=2, **setting)
+        train(objective, Clips(rank, 2), context, config, OPTIM, lambda _, step, drawn=drawn: drawn.append(step))
         if rank == 0:
             found[name] = losses(list(read_journal(run / "metrics.jsonl")))
+            found[f"{name} pictures"] = drawn
     # A run that began sharded goes on without, and the other way round.
     for name, setting in (("ddp", settings["fsdp"]), ("fsdp", settings["ddp"])):
         more = replace(CONFIG, steps=5, ema_decay=0.5, **setting)
@@ -231,5 +252,6 @@ def test_two_workers_with_shards_and_parts_train_as_with_neither(tmp_path: Path)
         for part, whole in zip(ours, theirs, strict=True):
             assert part.keys() == whole.keys()
             assert all(part[key].shape == whole[key].shape for key in whole), name
+    assert found["parts pictures"] == [2, 4] and found["fsdp pictures"] == []
     assert found["fsdp goes on"] == pytest.approx(found["ddp goes on"], rel=5e-3)
     assert len(found["ddp goes on"]) == 5
