@@ -11,7 +11,6 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -109,7 +108,7 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
 def _measure_steps(config: BenchTrainConfig, backbone: VimpacConfig, device: torch.device) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     shape = (config.videos, 2, *backbone.shape)
-    batch = {
+    batch: dict[str, Any] = {
         "tokens": torch.randint(backbone.codebook_size, shape, generator=generator),
         "seeds": torch.arange(config.videos * 2).view(config.videos, 2),
         "keys": [str(number) for number in range(config.videos)],
@@ -157,10 +156,12 @@ def _measure_steps(config: BenchTrainConfig, backbone: VimpacConfig, device: tor
 
 def make_objective(backbone: VimpacConfig, size: str) -> VimpacObjective:
     """The objective of a recipe's size, with the same random weights each time."""
-    head = {"head_layers": 3, "head_hidden": 4096} if size == "large" else {}
+    task = VimpacObjectiveConfig()
+    if size == "large":
+        task = replace(task, head_layers=3, head_hidden=4096)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return VimpacObjective(VimpacBackbone(backbone), VimpacObjectiveConfig(**head))
+        return VimpacObjective(VimpacBackbone(backbone), task)
 
 
 def _our_step(
@@ -248,11 +249,10 @@ def _measure_lines(config: BenchTrainConfig, backbone: VimpacConfig, device: tor
         def attend(way: Callable[..., Tensor], qkv: Tensor = qkv) -> None:
             out = way(*qkv.unbind())
             torch.autograd.grad(out, qkv, torch.ones_like(out))
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
-        ways = {}
+        ways: dict[str, Callable[[], None]] = {}
         for name, way in _line_ways(config, device).items():
             try:
                 attend(way)
