@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Lines = Literal["t", "h", "w", "hw", "thw"]
+_MAX_SHORT_LINE = 33  # positions, CLS with them: 32 tokens a side at 256 px
 
 # For each kind of line: the axes that tell lines apart, and the axes that run along one.
 _AXES: dict[Lines, tuple[str, str]] = {
@@ -30,6 +31,21 @@ def line_shape(lines: Lines, shape: tuple[int, int, int]) -> tuple[int, int]:
     sizes = dict(zip("thw", shape, strict=True))
     length = math.prod(sizes[axis] for axis in _AXES[lines][1].split())
     return math.prod(shape) // length, length
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention: (n m l e) each, allowed keys as bool (n 1 1 l) or None -> (n m l e).
+
+    On a CPU torch has one fused kernel, for long lines without dropout; short ones are up to three times as fast written
+    out, in bf16 and with dropout (docs/benchmarks.md).
+    """
+    is_short = q.shape[2] <= _MAX_SHORT_LINE and (dropout > 0 or q.dtype != torch.float32)
+    if q.device.type == "cpu" and is_short:
+        scores = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
 
 
 def attend_lines(
@@ -62,7 +78,7 @@ def attend_lines(
     allowed = None
     if pad is not None:
         allowed = F.pad(~rearrange(pad, f"n t h w -> (n {across}) 1 1 ({along})"), (1, 0), value=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    out = attend(q, k, v, allowed, dropout)
     cls, tokens = out.split([1, out.shape[2] - 1], dim=2)
     if allowed is None:
         weights = cls.new_full((len(qkv[0]), 1, num_lines), 1 / num_lines)

@@ -206,9 +206,9 @@ def _plain_step(
     return step
 
 
-def attend_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention as two batched products and a softmax: (n m l e) each -> (n m l e)."""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return F.dropout((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1), dropout) @ v
 
 
 def _line_ways(config: BenchTrainConfig, device: torch.device) -> dict[str, Callable[..., Tensor]]:
@@ -221,6 +221,7 @@ def _line_ways(config: BenchTrainConfig, device: torch.device) -> dict[str, Call
         "sdpa with a mask": attend_masked,
         "sdpa with dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
         "written out": attend_written_out,
+        "written out with dropout": functools.partial(attend_written_out, dropout=0.1),
     }
     backends = {"sdpa math": SDPBackend.MATH}
     if device.type == "cuda":
@@ -233,7 +234,8 @@ def _line_ways(config: BenchTrainConfig, device: torch.device) -> dict[str, Call
 
     ways |= {name: functools.partial(attend_by, backend) for name, backend in backends.items()}
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        ways["written out, compiled"] = torch.compile(attend_written_out, dynamic=False)
+        compiled = torch.compile(attend_written_out, dynamic=False)
+        ways |= {"compiled": compiled, "compiled with dropout": functools.partial(compiled, dropout=0.1)}
     return ways
 
 

@@ -65,7 +65,7 @@ def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = {(row["axes"], row["positions"], row["way"]): row["ms"] for row in result.figures["lines"]}
     assert {key[:2] for key in lines} == {("t", 4), ("h", 5)} and all(ms > 0 for ms in lines.values())
     assert {key[2] for key in lines} == {
-        *("sdpa", "sdpa with a mask", "sdpa with dropout", "sdpa math", "written out"),
+        *("sdpa", "sdpa with a mask", "sdpa with dropout", "sdpa math", "written out", "written out with dropout"),
     }
 
 
