@@ -218,17 +218,17 @@ def _is_due(step: int, config: LoopConfig, context: Context) -> bool:
 
 def _fetch(
     pending: list[_Pending], step: int, batches: Batches, context: Context, config: LoopConfig
-) -> list[dict[str, float]]:
+) -> Iterator[dict[str, float]]:
     """The metrics of each pending step, of which the first is number `step` (from 0); times are means over all of them.
 
     Raises:
-        NonFiniteLoss: names the first step that has one, and its keys.
+        NonFiniteLoss: names the first step that has one, and its keys; the steps before it were handed out.
     """
     rows = [one.measured.read() for one in pending]
     step_s = (time.perf_counter() - pending[0].begun) / len(pending)
     wait_s = sum(one.wait_s for one in pending) / len(pending)
     peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(context.device, config.precision)
-    for number, (one, (metrics, counts)) in enumerate(zip(pending, rows, strict=True), step + 1):
+    for number, (one, (metrics, counts)) in enumerate(zip(list(pending), rows, strict=True), step + 1):
         wrong = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
         if wrong is not None:
             keys = _gather_keys(one.keys, context)
@@ -248,7 +248,7 @@ def _fetch(
             f"{batches.unit}_per_s": batches.units_per_step / step_s,
             "peak_memory_bytes": _peak_memory_bytes(context.device),
         }
-    return [metrics for metrics, _ in rows]
+        yield metrics
 
 
 def _peak_memory_bytes(device: torch.device) -> float:

@@ -85,8 +85,9 @@ class Step:
         if self._context.world_size > 1:
             dist.all_reduce(values)
         grad_norm = clip_gradients(self._objective, self._optim)
-        self._is_broken += ~(values[0].isfinite() & grad_norm.isfinite())
-        # The fused kernel leaves weights, moments and step counts alone where this is not 0, and nobody waits for it.
+        is_finite = values[0].isfinite() & grad_norm.isfinite()
+        self._is_broken = torch.where(is_finite, self._is_broken, 1.0)
+        # The fused kernel leaves weights, moments and step counts alone where this is 1, and nobody waits for it.
         optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]
         optimizer.step()
         if config.ema_decay:

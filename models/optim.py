@@ -95,7 +95,7 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `module`, as one fused kernel. Set each group's "lr" from `lr_at` before a step.
 
-    A step changes nothing where the optimiser's attribute `found_inf`, a scalar on the device, is not 0.
+    A step changes nothing where the optimiser's attribute `found_inf`, a scalar float32 on the device, is 1.
     """
     groups = param_groups(module, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
