@@ -244,7 +244,7 @@ class VimpacObjective(nn.Module):
             "masked_share": Fraction(_scalar(len(masked), cls), _scalar(part["num_tokens"], cls))
         }
         if self.mlm_head is not None:
-            logits = self.mlm_head(hidden.flatten(0, 3)[masked], self.backbone.token.weight).float()
+            logits = self.mlm_head(hidden.flatten(0, 3).index_select(0, masked), self.backbone.token.weight).float()
             targets = tokens.flatten()[masked]
             mlm = F.cross_entropy(logits, targets, reduction="sum") / part["mean_masked"]
             losses["mlm"] = self.config.mlm_weight * mlm
