@@ -36,8 +36,8 @@ def line_shape(lines: Lines, shape: tuple[int, int, int]) -> tuple[int, int]:
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
     """Scaled dot-product attention: (n m l e) each, allowed keys as bool (n 1 1 l) or None -> (n m l e).
 
-    On a CPU torch has one fused kernel, for long lines without dropout; short ones are up to three times as fast written
-    out, in bf16 and with dropout (docs/benchmarks.md).
+    On a CPU torch has one fused kernel, for long lines without dropout; short ones are faster written out in bf16
+    (two to three times) and with dropout (docs/benchmarks.md).
     """
     is_short = q.shape[2] <= _MAX_SHORT_LINE and (dropout > 0 or q.dtype != torch.float32)
     if q.device.type == "cpu" and is_short:
