@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 class BenchTrainConfig:
     """Time training steps on the GPU where there is one, else on the CPU, on random tokens that lie in memory.
 
-    Each figure is the median of several rounds, in which the ways take turns. A step is everything but the loader: copy to
-    the device, forward, backward, clipping and AdamW.
+    Each figure is the median of several rounds, in which the ways take turns. A step is everything but the loader's
+    thread, which makes our masks: copy to the device, forward, backward, clipping and AdamW.
     """
 
     size: Literal["small", "base", "large"] = "small"
