@@ -38,11 +38,12 @@ SEED ?= 0
 faults: setup
 	$(BIN)/python -m pytest tests/faults -s --timeout=600 --fault-runs $(RUNS) --fault-seed $(SEED)
 
-# What docs/benchmarks.md says of the data stages, measured here.
+# What docs/benchmarks.md says of the data stages and of a training step, measured here.
 bench: setup
 	$(BIN)/tokenreel bench plan bench-plan
 	$(BIN)/tokenreel bench shard bench-shard
 	$(BIN)/tokenreel bench decode
+	$(BIN)/tokenreel bench train --videos 2 --layers 2
 
 # Writes the losses that tests/golden compares with; a change of them needs a reason in docs/decisions.md.
 golden: setup

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.optim import EMA, MOMENTS, param_groups
 from pipeline.files import sync_path
 
 _STATE = "state.json"
@@ -33,10 +35,21 @@ class Cursor:
     keys_digest: str = ""
 
 
-def save_checkpoint(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, cursor: Cursor, keep: int) -> Path:
+def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by name, and the optimiser's state by parameter number. Sharded tensors are gathered: all workers call it."""
+    weights = {name: _whole(value.detach()) for name, value in module.state_dict().items()}
+    return weights, {name: _whole(value) for name, value in _flatten(optimizer).items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def save_checkpoint(
+    run: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], cursor: Cursor, keep: int
+) -> Path:
     """Write the checkpoint of `cursor.step`, then delete all but the newest `keep`. Returns its folder."""
-    weights = {name: value.detach() for name, value in module.state_dict().items()}
-    final = write_checkpoint(run, weights, _flatten(optimizer), cursor)
+    final = write_checkpoint(run, weights, moments, cursor)
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -78,21 +91,29 @@ def load_weights(checkpoint: Path, module: nn.Module) -> None:
     module.load_state_dict(load_file(checkpoint / "model.safetensors"))
 
 
+def load_ema(checkpoint: Path, module: nn.Module) -> None:
+    """Set the parameters of `module` to their running averages, where the checkpoint holds some."""
+    averages = load_file(checkpoint / "optimizer.safetensors")
+    parameters = [parameter for group in param_groups(module, 0.0) for parameter in group["params"]]
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            if (average := averages.get(f"{number}.{EMA}")) is not None:
+                parameter.copy_(average)
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimiser's state; its parameters must be those of the run that saved it, in the same order."""
     flat = load_file(checkpoint / "optimizer.safetensors")
     for number, parameter in enumerate(_parameters(optimizer)):
         state = {}
-        for name in ("step", "exp_avg", "exp_avg_sq"):
+        for name in ("step", *MOMENTS):
             value = flat.get(f"{number}.{name}")
             if value is None:
                 continue
             # Moments take the parameter's memory layout, which the fused kernel walks in step with it.
-            like = (
-                torch.zeros_like(parameter)
-                if name != "step"
-                else torch.zeros((), device=_step_device(optimizer, parameter))
-            )
+            like = torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+            if isinstance(like, DTensor):
+                value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
             state[name] = like.copy_(value)
         optimizer.state[parameter] = state
 
@@ -107,7 +128,3 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

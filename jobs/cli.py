@@ -84,6 +84,9 @@ _JOBS = {
         config="BenchDedupConfig",
         summary="near-duplicates found among copies of real videos",
     ),
+    "bench train": _Job(
+        module="jobs.bench.train", config="BenchTrainConfig", summary="a training step against a straightforward one"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
 

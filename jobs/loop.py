@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import math
-import random
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +19,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from jobs.checkpoint import Cursor, list_checkpoints, load_optimizer, load_weights, read_cursor, save_checkpoint
+from jobs.checkpoint import (
+    Cursor,
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    read_cursor,
+    save_checkpoint,
+    whole_state,
+)
 from jobs.journal import Journal
-from models.optim import OptimConfig, build_optimizer, clip_gradients, lr_at
+from jobs.step import Measured, Step, seed_everything, split
+from models.flops import peak_flops
+from models.optim import OptimConfig
+
+__all__ = ["Batches", "Context", "LoopConfig", "NonFiniteLoss", "seed_everything", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +58,23 @@ class LoopConfig:
     """Steps between two pictures (reconstructions or predictions); 0 draws none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward pass; weights and optimiser state are fp32."""
+    micro_batch: int | None = None
+    """Most samples that a worker computes at once; it takes its share of the batch in equal parts and adds up their
+    gradients, which are summed over workers once. None: all at once."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker has all weights. fsdp: weights, gradients and optimiser state are sharded over the workers (FSDP2),
+    for a model that one device cannot hold; pictures are left out."""
+    recompute: bool = False
+    """Keep only what goes into each layer and compute the rest again in the backward pass: less memory, a third more time."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, layer by layer; auto on GPUs only."""
+    ema_decay: float = 0.0
+    """Decay a step of a running average of the weights, which then becomes the model; 0 keeps none."""
+    fetch_every_steps: int | None = None
+    """Steps whose metrics are fetched from the device together; a non-finite loss is told as late, though no weight changes
+    after it. None: each step on a CPU, 10 on a GPU, where a fetch waits for all work in flight."""
+    peak_tflops: float | None = None
+    """Peak speed of a device, of which the MFU is a share. None: from its data sheet; a CPU has none, and so no MFU."""
     seed: int = 0
     """Seed of initial weights and dropout."""
 
@@ -61,6 +88,15 @@ class LoopConfig:
             raise ValueError(
                 f"LoopConfig: schedule_steps is {self.schedule_steps}; allowed: steps = {self.steps} or more, or none"
             )
+        for name in ("micro_batch", "fetch_every_steps", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"LoopConfig: {name} is {value}; allowed: more than 0, or none")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"LoopConfig: ema_decay is {self.ema_decay}; allowed: [0, 1)")
+        for name, allowed in (("parallel", ("ddp", "fsdp")), ("compile", ("auto", "on", "off"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"LoopConfig: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if min(self.steps, self.save_every_steps, self.keep_checkpoints) < 1 or self.picture_every_steps < 0:
             raise ValueError(
                 f"LoopConfig: steps = {self.steps}, save_every_steps = {self.save_every_steps}, keep_checkpoints = "
@@ -89,7 +125,7 @@ class Batches(Protocol):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite on some worker; all workers raise it, before the weights change."""
+    """Loss or gradient of a step is NaN or infinite on some worker; all workers raise it, and the weights are from before."""
 
 
 def train(
@@ -105,94 +141,121 @@ def train(
     Every step's metrics go to `metrics.jsonl`, written by rank 0; a resume drops the rows that it will write again.
 
     Args:
-        objective: `forward(batch) -> {"losses": {name: scalar}, "metrics": {name: scalar}}`; the loss is their sum.
+        objective: `forward(part)` returns an `Output` of models/objective.py; the loss is the sum of its losses.
         draw: called on rank 0 with the objective (in eval mode) and the number of steps done, to write pictures.
 
     Raises:
         NonFiniteLoss: names the step and the keys of its batch.
     """
     objective.to(context.device).train()
-    optimizer = build_optimizer(objective, optim)
-    cursor = _restore(objective, optimizer, context)
-    model: nn.Module = objective
-    if context.world_size > 1:
-        ids = [context.device] if context.device.type == "cuda" else None
-        # Buffers (codebooks, running statistics) are reduced by their owners, so no broadcast each step.
-        model = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+    checkpoint = next(reversed(list_checkpoints(context.run)), None)
+    cursor = Cursor()
+    if checkpoint is not None:
+        load_weights(checkpoint, objective)
+    step = Step(objective, context, config, optim)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, step.optimizer)
+        cursor = read_cursor(checkpoint)
+        log.info("rank %d: resumed %s after step %d", context.rank, context.run.name, cursor.step)
+    pending: list[_Pending] = []
     with Journal(context.run) if context.rank == 0 else contextlib.nullcontext() as journal:
         if journal is not None:
             journal.truncate_after(cursor.step)
-        for batch, wait_s in _prefetch(batches, cursor.step, config.steps):
-            started = time.perf_counter()
-            metrics = _step(model, optimizer, batch, cursor.step, context, config, optim)
-            cursor = Cursor(step=cursor.step + 1, keys_digest=_extend(cursor.keys_digest, batch["keys"], context))
-            step_s = time.perf_counter() - started + wait_s
-            metrics |= {
-                "step_s": step_s,
-                "data_wait_share": wait_s / step_s,
-                f"{batches.unit}_per_s": batches.units_per_step / step_s,
-            }
-            if journal is not None:
-                journal.log(cursor.step, metrics)
-            _write(objective, optimizer, cursor, metrics, context, config, draw)
+        for parts, keys, wait_s in _prefetch(objective, batches, cursor.step, config, context):
+            measured = step(parts, cursor.step + len(pending))
+            pending.append(_Pending(keys=keys, measured=measured, wait_s=wait_s, begun=time.perf_counter() - wait_s))
+            if not _is_due(cursor.step + len(pending), config, context):
+                continue
+            for metrics in _fetch(pending, cursor.step, batches, context, config):
+                digest = _extend(cursor.keys_digest, pending.pop(0).keys, context)
+                cursor = Cursor(step=cursor.step + 1, keys_digest=digest)
+                if journal is not None:
+                    journal.log(cursor.step, metrics)
+            _write(objective, step.optimizer, cursor, metrics, context, config, draw)
     return cursor
 
 
-def _restore(objective: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> Cursor:
-    checkpoints = list_checkpoints(context.run)
-    if not checkpoints:
-        return Cursor()
-    load_weights(checkpoints[-1], objective)
-    load_optimizer(checkpoints[-1], optimizer)
-    cursor = read_cursor(checkpoints[-1])
-    log.info("rank %d: resumed %s after step %d", context.rank, context.run.name, cursor.step)
-    return cursor
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    """A step that was taken, whose numbers were not fetched yet. `begun` is on the clock of `time.perf_counter`."""
+
+    keys: list[str]
+    measured: Measured
+    wait_s: float
+    begun: float
 
 
-def _prefetch(batches: Batches, start: int, stop: int) -> Iterator[tuple[Mapping[str, Any], float]]:
-    """Batches of the steps [start, stop), each made while the one before is trained on, with the seconds waited."""
+def _prefetch(
+    objective: nn.Module, batches: Batches, start: int, config: LoopConfig, context: Context
+) -> Iterator[tuple[list[dict[str, Any]], list[str], float]]:
+    """Micro-batches of the steps from `start` on, each made while the one before is trained on, with the keys of the batch
+    and the seconds waited."""
+
+    def make(step: int) -> tuple[list[dict[str, Any]], list[str]]:
+        batch = batches.batch(step)
+        parts = split(objective, batch, config.micro_batch)
+        if context.device.type == "cuda":  # only locked pages are copied to the device without waiting for it
+            parts = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in part.items()} for part in parts]
+        return parts, batch["keys"]
+
     with ThreadPoolExecutor(1, "loader") as pool:
-        ahead = pool.submit(batches.batch, start) if start < stop else None
-        for step in range(start, stop):
+        ahead = pool.submit(make, start) if start < config.steps else None
+        for step in range(start, config.steps):
             waited = time.perf_counter()
             assert ahead is not None
-            batch = ahead.result()
+            parts, keys = ahead.result()
             wait_s = time.perf_counter() - waited
-            ahead = pool.submit(batches.batch, step + 1) if step + 1 < stop else None
-            yield batch, wait_s
+            ahead = pool.submit(make, step + 1) if step + 1 < config.steps else None
+            yield parts, keys, wait_s
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Mapping[str, Any],
-    step: int,
-    context: Context,
-    config: LoopConfig,
-    optim: OptimConfig,
-) -> dict[str, float]:
-    seed_everything(config.seed, step, context.rank)
-    lr = lr_at(step, config.num_schedule_steps, optim)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(_to(batch, context.device))
-    losses: dict[str, Tensor] = output["losses"]
-    loss = torch.stack(list(losses.values())).sum()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    values = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **output["metrics"]}
-    metrics = _mean_over_workers(values, context)
-    if not math.isfinite(metrics["loss"]):
-        keys = _gather_keys(batch["keys"], context)
-        raise NonFiniteLoss(
-            f"loss is {metrics['loss']} at step {step + 1}; its batch: {', '.join(keys)}. Lower --optim.lr, or look at "
-            "these samples; the last checkpoint is from before this step"
-        )
-    metrics["grad_norm"] = float(clip_gradients(model, optim))
-    metrics["lr"] = lr
-    optimizer.step()
-    return metrics
+def _is_due(step: int, config: LoopConfig, context: Context) -> bool:
+    """Whether numbers are fetched after `step` steps: as often as told, and before anything is written."""
+    fetch = config.fetch_every_steps or (1 if context.device.type == "cpu" else 10)
+    every = [fetch, config.save_every_steps, config.picture_every_steps]
+    return step == config.steps or any(count and step % count == 0 for count in every)
+
+
+def _fetch(
+    pending: list[_Pending], step: int, batches: Batches, context: Context, config: LoopConfig
+) -> Iterator[dict[str, float]]:
+    """The metrics of each pending step, of which the first is number `step` (from 0); times are means over all of them.
+
+    Raises:
+        NonFiniteLoss: names the first step that has one, and its keys; the steps before it were handed out.
+    """
+    rows = [one.measured.read() for one in pending]
+    step_s = (time.perf_counter() - pending[0].begun) / len(pending)
+    wait_s = sum(one.wait_s for one in pending) / len(pending)
+    peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(context.device, config.precision)
+    for number, (one, (metrics, counts)) in enumerate(zip(list(pending), rows, strict=True), step + 1):
+        wrong = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
+        if wrong is not None:
+            keys = _gather_keys(one.keys, context)
+            raise NonFiniteLoss(
+                f"{wrong} is {metrics[wrong]} at step {number}; its batch: {', '.join(keys)}. Lower --optim.lr, or look at "
+                "these samples; the last checkpoint is from before this step"
+            )
+        if "flops" in counts:
+            flops_per_s = counts.pop("flops") / step_s
+            metrics["tflops_per_s"] = flops_per_s / 1e12
+            if peak is not None:
+                metrics["mfu"] = flops_per_s / (peak * context.world_size)
+        metrics |= {f"{name}_per_s": count / step_s for name, count in counts.items()}
+        metrics |= {
+            "step_s": step_s,
+            "data_wait_share": wait_s / step_s,
+            f"{batches.unit}_per_s": batches.units_per_step / step_s,
+            "peak_memory_bytes": _peak_memory_bytes(context.device),
+        }
+        yield metrics
+
+
+def _peak_memory_bytes(device: torch.device) -> float:
+    """The most that this process had allocated on the device so far; on a CPU, the most that it had resident."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts KiB
 
 
 def _write(
@@ -206,35 +269,21 @@ def _write(
 ) -> None:
     last = cursor.step == config.steps
     every = config.picture_every_steps
-    if draw is not None and context.rank == 0 and every and (last or cursor.step % every == 0):
+    if (
+        draw is not None
+        and context.rank == 0
+        and config.parallel == "ddp"
+        and every
+        and (last or cursor.step % every == 0)
+    ):
         objective.eval()
         draw(objective, cursor.step)
         objective.train()
     if last or cursor.step % config.save_every_steps == 0:
+        weights, moments = whole_state(objective, optimizer)
         if context.rank == 0:
-            save_checkpoint(context.run, objective, optimizer, cursor, config.keep_checkpoints)
+            save_checkpoint(context.run, weights, moments, cursor, config.keep_checkpoints)
         context.report(cursor.step, metrics)
-
-
-def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (all devices) from the three numbers."""
-    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
-    number = int.from_bytes(digest[:8], "little") >> 1
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.manual_seed(number)
-
-
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _mean_over_workers(values: dict[str, Tensor], context: Context) -> dict[str, float]:
-    stacked = torch.stack([value.detach().float() for value in values.values()])
-    if context.world_size > 1:
-        dist.all_reduce(stacked)
-        stacked /= context.world_size
-    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 def _extend(digest: str, keys: list[str], context: Context) -> str:

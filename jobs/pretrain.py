@@ -14,7 +14,7 @@ import tyro
 from safetensors.torch import save_file
 from torch import nn
 
-from jobs.checkpoint import list_checkpoints, load_weights, read_cursor, read_tensors, write_checkpoint
+from jobs.checkpoint import list_checkpoints, load_ema, load_weights, read_cursor, read_tensors, write_checkpoint
 from jobs.config import CONFIG_NAME, load_config
 from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
@@ -186,9 +186,11 @@ def make_loader(config: PretrainConfig, *, rank: int, world_size: int) -> TokenL
 
 
 def load_objective(config: PretrainConfig, checkpoint: Path) -> VimpacObjective:
-    """The trained objective of a run, in eval mode."""
+    """The trained objective of a run, in eval mode; the running average of its weights, if the run kept one."""
     objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
     load_weights(checkpoint, objective)
+    if config.loop.ema_decay:
+        load_ema(checkpoint, objective)
     return objective.eval()
 
 
