@@ -30,19 +30,20 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# Kills, disks, object stores and damaged videos, seeded: 100 kill runs and 2,000 videos, some three quarters of an hour on two
-# cores. `make faults RUNS=10 SEED=5000` is shorter and draws others; a failing test's name holds the seed that repeats it.
+# Kills, disks, object stores and damaged videos, seeded: 100 kill runs of shard, 100 of tokenize and 2,000 videos, over an hour on
+# two cores. `make faults RUNS=10 SEED=5000` is shorter and draws others; a failing test's name holds the seed that repeats it.
 RUNS ?= 100
 SEED ?= 0
 
 faults: setup
 	$(BIN)/python -m pytest tests/faults -s --timeout=600 --fault-runs $(RUNS) --fault-seed $(SEED)
 
-# What docs/benchmarks.md says of the data stages, measured here.
+# What docs/benchmarks.md says of the data stages and of a training step, measured here.
 bench: setup
 	$(BIN)/tokenreel bench plan bench-plan
 	$(BIN)/tokenreel bench shard bench-shard
 	$(BIN)/tokenreel bench decode
+	$(BIN)/tokenreel bench train --videos 2 --layers 2
 
 # Writes the losses that tests/golden compares with; a change of them needs a reason in docs/decisions.md.
 golden: setup

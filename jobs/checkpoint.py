@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,7 +23,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.optim import EMA, MOMENTS, param_groups
 from pipeline.files import sync_path
 
 STATE_NAME = "state.json"
@@ -43,11 +44,22 @@ class Cursor:
     recent_loss: float | None = None
 
 
+def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by name, and the optimiser's state by parameter number. Sharded tensors are gathered: all workers call it."""
+    weights = {name: _whole(value.detach()) for name, value in module.state_dict().items()}
+    return weights, {name: _whole(value) for name, value in _flatten(optimizer).items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 class CheckpointSaver:
     """Saves a run's checkpoints behind its back: training waits for the copy to CPU memory, not for the disk.
 
     One write is in flight at most: the next `save` waits for it, and leaving the `with` block too. What a write raised
-    is raised there. The copies are kept and filled again, so they cost memory (three times the weights, for AdamW) once.
+    is raised there. The copies are kept and filled again, so they cost memory (three times the weights for AdamW, four
+    with an average of them) once.
 
     Args:
         keep: newest checkpoints that stay; the one of the lowest recent loss stays besides.
@@ -62,16 +74,13 @@ class CheckpointSaver:
         for left in (run / "checkpoints").glob(".*.tmp"):  # by a process that was killed
             shutil.rmtree(left)
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, cursor: Cursor) -> float:
-        """Begin to save the checkpoint of `cursor.step`; returns the seconds that this kept the caller."""
-        started = time.perf_counter()
+    def save(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], cursor: Cursor) -> None:
+        """Begin to save what `whole_state` gave as the checkpoint of `cursor.step`; returns once it is copied."""
         self.wait()
-        weights = self._copy("model", {name: value.detach() for name, value in module.state_dict().items()})
-        moments = self._copy("optimizer", _flatten(optimizer))
+        copies = self._copy("model", weights), self._copy("optimizer", moments)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._write = self._pool.submit(self._finish, weights, moments, cursor)
-        return time.perf_counter() - started
+        self._write = self._pool.submit(self._finish, *copies, cursor)
 
     def wait(self) -> None:
         """Return when nothing is in flight; raises what the write raised."""
@@ -159,21 +168,29 @@ def load_weights(checkpoint: Path, module: nn.Module) -> None:
     module.load_state_dict(load_file(checkpoint / "model.safetensors"))
 
 
+def load_ema(checkpoint: Path, module: nn.Module) -> None:
+    """Set the parameters of `module` to their running averages, where the checkpoint holds some."""
+    averages = load_file(checkpoint / "optimizer.safetensors")
+    parameters = [parameter for group in param_groups(module, 0.0) for parameter in group["params"]]
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            if (average := averages.get(f"{number}.{EMA}")) is not None:
+                parameter.copy_(average)
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimiser's state; its parameters must be those of the run that saved it, in the same order."""
     flat = load_file(checkpoint / "optimizer.safetensors")
     for number, parameter in enumerate(_parameters(optimizer)):
         state = {}
-        for name in ("step", "exp_avg", "exp_avg_sq"):
+        for name in ("step", *MOMENTS):
             value = flat.get(f"{number}.{name}")
             if value is None:
                 continue
             # Moments take the parameter's memory layout, which the fused kernel walks in step with it.
-            like = (
-                torch.zeros_like(parameter)
-                if name != "step"
-                else torch.zeros((), device=_step_device(optimizer, parameter))
-            )
+            like = torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+            if isinstance(like, DTensor):
+                value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
             state[name] = like.copy_(value)
         optimizer.state[parameter] = state
 
@@ -188,7 +205,3 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

@@ -44,11 +44,16 @@ _JOBS = {
         module="jobs.import_dvae", config="ImportDvaeConfig", summary="published DALL-E dVAE -> tokenizer"
     ),
     "tokenize": _Job(module="jobs.tokenize", config="TokenizeConfig", summary="clips + tokenizer -> token dataset"),
+    "dedup": _Job(
+        module="jobs.dedup", config="DedupConfig", summary="near-duplicates in tokens -> a list of samples to keep"
+    ),
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
     "inspect": _Job(
-        module="jobs.inspect", config="InspectConfig", summary="a page about a dataset: scores, frames, rejects"
+        module="jobs.inspect",
+        config="InspectConfig",
+        summary="a page about a dataset: scores or codes, frames, rejects",
     ),
     "bench plan": _Job(
         module="jobs.bench.plan", config="BenchPlanConfig", summary="plan a manifest of 10 million rows"
@@ -61,11 +66,29 @@ _JOBS = {
         config="BenchTokenizeConfig",
         summary="encoding by precision and resolution, and the codes it changes",
     ),
+    "bench tokenize-stage": _Job(
+        module="jobs.bench.tokenize_stage",
+        config="BenchTokenizeStageConfig",
+        summary="the whole stage against decoding and encoding alone",
+    ),
     "bench decode": _Job(
         module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
     ),
     "bench loop": _Job(
         module="jobs.bench.loop", config="BenchLoopConfig", summary="what tracking and checkpoints cost a step"
+    ),
+    "bench layout": _Job(
+        module="jobs.bench.layout",
+        config="BenchLayoutConfig",
+        summary="smaller layouts of tokens, and windows read from them",
+    ),
+    "bench dedup": _Job(
+        module="jobs.bench.dedup",
+        config="BenchDedupConfig",
+        summary="near-duplicates found among copies of real videos",
+    ),
+    "bench train": _Job(
+        module="jobs.bench.train", config="BenchTrainConfig", summary="a training step against a straightforward one"
     ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }

@@ -122,7 +122,8 @@ class DataJob:
         """A callback for finished shards that moves the progress bar and the metrics, and ends the body where there are
         too many rejects."""
         total, started_s = self.meta.num_shards, time.monotonic()
-        videos, read_bytes = 0, 0
+        videos, frames, read_bytes = 0, 0, 0
+        warned = set[str]()
         with (
             Progress(self._job, "shards", total, total - len(self.todo)) as bar,
             Journal(work_folder(self.out)) as journal,
@@ -130,13 +131,21 @@ class DataJob:
         ):
 
             def on_shard(written: Written) -> None:
-                nonlocal videos, read_bytes
+                nonlocal videos, frames, read_bytes
                 info = written.info
+                for warning in set(written.warnings) - warned:
+                    log.warning(f"{self._job}: {warning}")
+                warned.update(written.warnings)
                 self._books += info.ledger
                 videos += info.totals["videos"]
+                frames += info.totals["frames"]
                 read_bytes += written.read_bytes
                 elapsed_s = time.monotonic() - started_s
-                rates = {"videos_per_s": videos / elapsed_s, "gb_per_s": read_bytes / 1e9 / elapsed_s}
+                rates = {
+                    "videos_per_s": videos / elapsed_s,
+                    "frames_per_s": frames / elapsed_s,
+                    "gb_per_s": read_bytes / 1e9 / elapsed_s,
+                }
                 rejected = {f"rejected/{name}": n for name, n in sorted(self._books.rejected.items())}
                 bar.note({**{name: f"{rate:.3g}" for name, rate in rates.items()}, **rejected})
                 bar.advance(1)

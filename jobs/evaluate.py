@@ -6,12 +6,11 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import tyro
 
@@ -23,16 +22,15 @@ from jobs.loop import seed_everything
 from jobs.pretrain import PretrainConfig, draw_predictions, load_objective
 from jobs.probes import make_tasks, probe, read_views
 from jobs.result import JobResult
+from jobs.token_origin import original_frames
 from jobs.tracking import DatasetInput, Tracker
 from models.vimpac import VimpacBackbone, VimpacObjective
-from pipeline.dataset import DatasetMeta, read_index, read_meta
-from pipeline.decode import FrameConfig
+from pipeline.dataset import DatasetMeta, find_parent, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.loader import WindowReader
 from pipeline.order import draw_seeds
 from pipeline.schema import Reject, Split, fingerprint
 from pipeline.storage import Store
-from pipeline.tokenizing import TokenizeSettings, decode_clip
 
 log = logging.getLogger(__name__)
 _SHEET_CLIPS = 8
@@ -273,17 +271,8 @@ def _originals(
     tokens: Path, meta: DatasetMeta, row: dict[str, Any], start: int, num_frames: int
 ) -> Sequence[np.ndarray]:
     """The window's frames as they were before the tokenizer, where its clip dataset is still at hand."""
-    place = meta.extra["clips"]
-    clips = Store.at(place if "://" in place else (tokens / place).resolve())
-    try:
-        if read_meta(clips, kind="clips").fingerprint != meta.parent_fingerprint:
-            return []
-    except ConfigError:
+    clips = find_parent(Store.at(tokens), meta)
+    if clips is None:
         return []
-    index = read_index(clips)
-    parent = index.filter(pc.equal(index["key"], row["key"])).to_pylist()
-    if not parent:
-        return []
-    settings = TokenizeSettings(frames=replace(FrameConfig(), **meta.config["frames"]))
-    frames = decode_clip(clips, parent[0], settings)
+    frames = original_frames(clips, meta, row)
     return [] if isinstance(frames, Reject) else [frames[start : start + num_frames]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,32 +56,59 @@ _REASON_CHARS = 160
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
-    """Write a page about a dataset that any browser shows without a server: totals, distributions of the scores with
-    example frames, rejects by class with their reasons."""
+    """Write a page about a dataset that any browser shows without a server.
+
+    Of clips: totals, distributions of the scores with example frames. Of tokens: how codes are used, size against its
+    bounds, static share, reconstructions beside the frames. Of both: rejects by class with their reasons.
+    """
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
-    """Clip dataset: a path, or s3://, gs://, abfs://."""
+    """Clip or token dataset: a path, or s3://, gs://, abfs://."""
     page: Path | None = None
     """HTML file to write; by default inspect.html in the dataset's folder."""
     examples: int = 5
     """Example clips of each distribution, from its lowest value to its highest."""
     bins: int = 40
     """Bars of a histogram."""
+    sample_tokens: int = 10**9
+    """Tokens that the statistics of a token dataset are taken from, by whole shards drawn at random; the page says so."""
+    sample_clips: int = 32
+    """Clips of a token dataset, drawn at random, that are decoded again and compared with their frames."""
 
     def __post_init__(self) -> None:
         if self.examples < 0 or self.bins < 1:
             raise ConfigError(f"examples = {self.examples} must be 0 or more, bins = {self.bins} 1 or more")
+        if self.sample_tokens < 1 or self.sample_clips < 0:
+            raise ConfigError(
+                f"sample_tokens = {self.sample_tokens} must be 1 or more, sample_clips = {self.sample_clips} 0 or more"
+            )
 
 
 def run(config: InspectConfig) -> JobResult:
     started_s = time.monotonic()
     store = Store.at(config.dataset)
-    meta = read_meta(store, kind="clips")
-    index = read_index(store, _COLUMNS)
+    meta = read_meta(store)
+    figures: dict[str, Any] = {}
+    if meta.kind == "tokens":
+        from jobs import inspect_tokens  # it loads torch, which a page about clips does without
+
+        index = read_index(store, inspect_tokens.COLUMNS)
+        facts, sections, figures = inspect_tokens.describe(store, meta, index, config)
+    else:
+        index = read_index(store, _COLUMNS)
+        facts, sections = _facts(meta), list(_distributions(store, index, config))
+    facts = [
+        ("fingerprint", meta.fingerprint),
+        ("clips", f"{len(index):,}"),
+        ("shards", f"{meta.num_shards:,}"),
+        *facts,
+    ]
+    if meta.totals is None:
+        facts.append(("state", "unfinished: the job that writes it is running or was broken off"))
+    sections += _rejects(store)
     page = config.page or work_folder(store) / "inspect.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    sections = [*_distributions(store, index, config), *_rejects(store)]
-    write_contact_sheet(page, title=f"{store.name}: clips", facts=_facts(meta, index), sections=sections)
+    write_contact_sheet(page, title=f"{store.name}: {meta.kind}", facts=facts, sections=sections)
     log.info(f"inspect: {len(index)} clips; open {page.absolute()} in a browser")
     return JobResult(
         job="inspect",
@@ -89,16 +117,20 @@ def run(config: InspectConfig) -> JobResult:
         committed=len(index),
         fingerprint=meta.fingerprint,
         elapsed_s=time.monotonic() - started_s,
-        figures={"page": str(page.absolute()), "page_bytes": page.stat().st_size, "num_sections": len(sections)},
+        figures={
+            "page": str(page.absolute()),
+            "page_bytes": page.stat().st_size,
+            "num_sections": len(sections),
+            **figures,
+        },
     )
 
 
-def _facts(meta: DatasetMeta, index: pa.Table) -> list[tuple[str, str]]:
-    totals = meta.totals or {}
-    facts = [("fingerprint", meta.fingerprint), ("clips", f"{len(index):,}"), ("shards", f"{meta.num_shards:,}")]
-    if meta.totals is None:
-        return [*facts, ("state", "unfinished: the job that writes it is running or was broken off")]
-    facts += [(name, f"{totals[name]:,}") for name in ("videos", "frames")]
+def _facts(meta: DatasetMeta) -> list[tuple[str, str]]:
+    totals = meta.totals
+    if totals is None:
+        return []
+    facts = [(name, f"{totals[name]:,}") for name in ("videos", "frames")]
     facts += [("hours", f"{totals['hours']:,.3f}"), ("size", f"{totals['payload_bytes'] / 1e9:,.3f} GB")]
     for name in ("codec", "ext", "source_codec", "source_container"):
         counts = totals.get(f"samples_by_{name}", {})
@@ -111,13 +143,14 @@ def _distributions(store: Store, index: pa.Table, config: InspectConfig) -> Iter
         return
     start, end = index["start_s"].to_numpy(), index["end_s"].to_numpy()
     short_side = np.minimum(index["height"].to_numpy(), index["width"].to_numpy())
-    yield _section(store, index, config, "duration", "Seconds of a clip.", end - start, "s")
-    yield _section(store, index, config, "short side", "Shorter side of a stored frame.", short_side, "px")
+    show = functools.partial(_example, store, index)
+    yield distribution(config, "duration", "Seconds of a clip.", end - start, show, "s")
+    yield distribution(config, "short side", "Shorter side of a stored frame.", short_side, show, "px")
     for name in SCORES:
         values = index[f"score_{name}"].to_numpy(zero_copy_only=False).astype(np.float64)
         if not np.isnan(values).all():
             note = f"{_SCORE_NOTES[name]} {_name_options(name)}"
-            yield _section(store, index, config, name, note, values)
+            yield distribution(config, name, note, values, show)
 
 
 def _name_options(score: str) -> str:
@@ -127,13 +160,23 @@ def _name_options(score: str) -> str:
     return f"tokenize filters by it with {options}, and decodes nothing again."
 
 
-def _section(
-    store: Store, index: pa.Table, config: InspectConfig, name: str, note: str, values: np.ndarray, unit: str = ""
+def distribution(
+    config: InspectConfig,
+    name: str,
+    note: str,
+    values: np.ndarray,
+    show: Callable[[int, str], Row],
+    unit: str = "",
 ) -> Section:
+    """A histogram of `values` (NaN where unknown), and examples from the lowest to the highest.
+
+    Args:
+        show: place in `values` and the value in words to the figure of an example.
+    """
     known = np.flatnonzero(~np.isnan(values))
     ordered = known[np.argsort(values[known], kind="stable")]
     places = np.unique(np.linspace(0, len(ordered) - 1, min(config.examples, len(ordered))).round().astype(int))
-    rows = [_example(store, index, int(row), f"{name} {values[row]:.4g} {unit}") for row in ordered[places]]
+    rows = [show(int(row), f"{name} {values[row]:.4g} {unit}".strip()) for row in ordered[places]]
     counts, edges = np.histogram(values[known], bins=config.bins)
     return Section(
         heading=name, note=note, rows=rows, histogram=Histogram(edges=edges.tolist(), counts=counts.tolist(), unit=unit)
@@ -142,7 +185,7 @@ def _section(
 
 def _example(store: Store, index: pa.Table, place: int, value: str) -> Row:
     row = index.slice(place, 1).to_pylist()[0]
-    caption = f"{value.strip()} · {row['source']} [{row['start_s']:.2f}, {row['end_s']:.2f}) s · {row['key']}"
+    caption = f"{value} · {row['source']} [{row['start_s']:.2f}, {row['end_s']:.2f}) s · {row['key']}"
     frames = _frames(store, row)
     if isinstance(frames, Reject):
         return Row(caption=f"{caption} · cannot be shown: {frames.reason}", strips=())

@@ -11,24 +11,34 @@ import contextlib
 import hashlib
 import logging
 import math
-import random
+import resource
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from jobs.checkpoint import CheckpointSaver, Cursor, list_checkpoints, load_optimizer, load_weights, read_cursor
+from jobs.checkpoint import (
+    CheckpointSaver,
+    Cursor,
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    read_cursor,
+    whole_state,
+)
 from jobs.journal import Journal, read_journal
-from models.optim import OptimConfig, build_optimizer, clip_gradients, lr_at
+from jobs.step import Measured, Step, seed_everything, split
+from models.flops import peak_flops
+from models.optim import OptimConfig
+
+__all__ = ["Batches", "Context", "LoopConfig", "NonFiniteLoss", "seed_everything", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +59,24 @@ class LoopConfig:
     """Steps between two pictures (reconstructions or predictions); 0 draws none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward pass; weights and optimiser state are fp32."""
+    micro_batch: int | None = None
+    """Most samples that a worker computes at once; it takes its share of the batch in equal parts and adds up their
+    gradients, which are summed over workers once. None: all at once."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker has all weights. fsdp: weights, gradients and optimiser state are sharded over the workers (FSDP2),
+    for a model that one device cannot hold; pictures are left out."""
+    recompute: bool = False
+    """Keep only what goes into each layer and compute the rest again in the backward pass: less memory, a third more time."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, layer by layer; auto on GPUs only."""
+    ema_decay: float = 0.0
+    """Decay a step of a running average of the weights, which then becomes the model; 0 keeps none."""
+    fetch_every_steps: int | None = None
+    """Steps whose metrics are fetched from the device together; a preemption is noticed as late, and a non-finite loss is told
+    as late, though no weight changes after it. None: each step on a CPU, 10 on a GPU, where a fetch waits for all work in
+    flight."""
+    peak_tflops: float | None = None
+    """Peak speed of a device, of which the MFU is a share. None: from its data sheet; a CPU has none, and so no MFU."""
     seed: int = 0
     """Seed of initial weights and dropout."""
 
@@ -62,6 +90,15 @@ class LoopConfig:
             raise ValueError(
                 f"LoopConfig: schedule_steps is {self.schedule_steps}; allowed: steps = {self.steps} or more, or none"
             )
+        for name in ("micro_batch", "fetch_every_steps", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"LoopConfig: {name} is {value}; allowed: more than 0, or none")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"LoopConfig: ema_decay is {self.ema_decay}; allowed: [0, 1)")
+        for name, allowed in (("parallel", ("ddp", "fsdp")), ("compile", ("auto", "on", "off"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"LoopConfig: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if min(self.steps, self.save_every_steps, self.keep_checkpoints) < 1 or self.picture_every_steps < 0:
             raise ValueError(
                 f"LoopConfig: steps = {self.steps}, save_every_steps = {self.save_every_steps}, keep_checkpoints = "
@@ -73,7 +110,8 @@ class LoopConfig:
 class Context:
     """Where a worker stands.
 
-    should_stop: asked by every rank in every step. Once it is true on one of them, all save a checkpoint and stop.
+    should_stop: asked by every rank about every step whose metrics are fetched. Once it is true on one of them, all save a
+        checkpoint after the last of these steps, and stop.
     saved: called on rank 0, in the background, with the folder of each checkpoint that is whole.
     """
 
@@ -95,7 +133,7 @@ class Batches(Protocol):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite on some worker; all workers raise it, before the weights change."""
+    """Loss or gradient of a step is NaN or infinite on some worker; all workers raise it, and the weights are from before."""
 
 
 def train(
@@ -112,111 +150,142 @@ def train(
     step's metrics go to `metrics.jsonl`, written by rank 0; a resume drops the rows that it will write again.
 
     Args:
-        objective: `forward(batch) -> {"losses": {name: scalar}, "metrics": {name: scalar}}`; the loss is their sum.
+        objective: `forward(part)` returns an `Output` of models/objective.py; the loss is the sum of its losses.
         draw: called on rank 0 with the objective (in eval mode) and the number of steps done, to write pictures.
 
     Raises:
         NonFiniteLoss: names the step and the keys of its batch.
     """
     objective.to(context.device).train()
-    optimizer = build_optimizer(objective, optim)
-    cursor = _restore(objective, optimizer, context)
-    model: nn.Module = objective
-    if context.world_size > 1:
-        ids = [context.device] if context.device.type == "cuda" else None
-        # Buffers (codebooks, running statistics) are reduced by their owners, so no broadcast each step.
-        model = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+    checkpoint = next(reversed(list_checkpoints(context.run)), None)
+    cursor = Cursor()
+    if checkpoint is not None:
+        load_weights(checkpoint, objective)
+    step = Step(objective, context, config, optim)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, step.optimizer)
+        cursor = read_cursor(checkpoint)
+        log.info("rank %d: resumed %s after step %d", context.rank, context.run.name, cursor.step)
+    pending: list[_Pending] = []
+    losses: deque[float] = deque(maxlen=config.save_every_steps)
+    pause: dict[str, float] = {}  # what the checkpoint before held up; the row of its own step is written before it
     with contextlib.ExitStack() as stack:
         journal = saver = None
-        losses: deque[float] = deque(maxlen=config.save_every_steps)
         if context.rank == 0:
             journal = stack.enter_context(Journal(context.run))
             journal.truncate_after(cursor.step)
             losses.extend(float(row["loss"]) for row in read_journal(journal.path) if "loss" in row)
             saver = stack.enter_context(CheckpointSaver(context.run, config.keep_checkpoints, context.saved))
-        steps = stack.enter_context(contextlib.closing(_prefetch(batches, cursor.step, config.steps)))
-        pause: dict[str, float] = {}
-        for batch, wait_s in steps:
-            started = time.perf_counter()
-            metrics = _step(model, optimizer, batch, cursor.step, context, config, optim) | pause
-            losses.append(metrics["loss"])
-            digest, is_stopping = _extend(cursor.keys_digest, batch["keys"], context)
-            cursor = Cursor(step=cursor.step + 1, keys_digest=digest, recent_loss=sum(losses) / len(losses))
-            step_s = time.perf_counter() - started + wait_s
-            metrics |= {
-                "step_s": step_s,
-                "data_wait_share": wait_s / step_s,
-                f"{batches.unit}_per_s": batches.units_per_step / step_s,
-                "num_workers": context.world_size,
-            }
-            if journal is not None:
-                journal.log(cursor.step, metrics)
-            is_last = cursor.step == config.steps or is_stopping
-            if saver is not None:
+        ahead = stack.enter_context(contextlib.closing(_prefetch(objective, batches, cursor.step, config, context)))
+        for parts, keys, wait_s in ahead:
+            measured = step(parts, cursor.step + len(pending))
+            pending.append(_Pending(keys=keys, measured=measured, wait_s=wait_s, begun=time.perf_counter() - wait_s))
+            if not _is_due(cursor.step + len(pending), config, context):
+                continue
+            is_stopping = False
+            for metrics in _fetch(pending, cursor.step, batches, context, config):
+                digest, is_told = _extend(cursor.keys_digest, pending.pop(0).keys, context)
+                is_stopping |= is_told
+                losses.append(metrics["loss"])
+                cursor = Cursor(step=cursor.step + 1, keys_digest=digest, recent_loss=sum(losses) / len(losses))
+                if journal is not None:
+                    journal.log(cursor.step, metrics | pause)
+                pause = {}
+            if context.rank == 0 and config.parallel == "ddp":
                 _draw(objective, cursor.step, config, draw)
-                is_due = is_last or cursor.step % config.save_every_steps == 0
-                # The row of this step stands in the journal already, as it must before its checkpoint does.
-                pause = {"checkpoint_pause_s": saver.save(objective, optimizer, cursor)} if is_due else {}
-            if is_last:
+            if is_stopping or cursor.step == config.steps or cursor.step % config.save_every_steps == 0:
+                begun = time.perf_counter()
+                state = whole_state(objective, step.optimizer)
+                if saver is not None:
+                    saver.save(*state, cursor)
+                pause = {"checkpoint_pause_s": time.perf_counter() - begun}
+            if is_stopping:
                 break
     return cursor
 
 
-def _restore(objective: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> Cursor:
-    checkpoints = list_checkpoints(context.run)
-    if not checkpoints:
-        return Cursor()
-    load_weights(checkpoints[-1], objective)
-    load_optimizer(checkpoints[-1], optimizer)
-    cursor = read_cursor(checkpoints[-1])
-    log.info("rank %d: resumed %s after step %d", context.rank, context.run.name, cursor.step)
-    return cursor
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    """A step that was taken, whose numbers were not fetched yet. `begun` is on the clock of `time.perf_counter`."""
+
+    keys: list[str]
+    measured: Measured
+    wait_s: float
+    begun: float
 
 
-def _prefetch(batches: Batches, start: int, stop: int) -> Generator[tuple[Mapping[str, Any], float]]:
-    """Batches of the steps [start, stop), each made while the one before is trained on, with the seconds waited."""
+def _prefetch(
+    objective: nn.Module, batches: Batches, start: int, config: LoopConfig, context: Context
+) -> Generator[tuple[list[dict[str, Any]], list[str], float]]:
+    """Micro-batches of the steps from `start` on, each made while the one before is trained on, with the keys of the batch
+    and the seconds waited."""
+
+    def make(step: int) -> tuple[list[dict[str, Any]], list[str]]:
+        batch = batches.batch(step)
+        parts = split(objective, batch, config.micro_batch)
+        if context.device.type == "cuda":  # only locked pages are copied to the device without waiting for it
+            parts = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in part.items()} for part in parts]
+        return parts, batch["keys"]
+
     with ThreadPoolExecutor(1, "loader") as pool:
-        ahead = pool.submit(batches.batch, start) if start < stop else None
-        for step in range(start, stop):
+        ahead = pool.submit(make, start) if start < config.steps else None
+        for step in range(start, config.steps):
             waited = time.perf_counter()
             assert ahead is not None
-            batch = ahead.result()
+            parts, keys = ahead.result()
             wait_s = time.perf_counter() - waited
-            ahead = pool.submit(batches.batch, step + 1) if step + 1 < stop else None
-            yield batch, wait_s
+            ahead = pool.submit(make, step + 1) if step + 1 < config.steps else None
+            yield parts, keys, wait_s
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Mapping[str, Any],
-    step: int,
-    context: Context,
-    config: LoopConfig,
-    optim: OptimConfig,
-) -> dict[str, float]:
-    seed_everything(config.seed, step, context.rank)
-    lr = lr_at(step, config.num_schedule_steps, optim)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(_to(batch, context.device))
-    losses: dict[str, Tensor] = output["losses"]
-    loss = torch.stack(list(losses.values())).sum()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    values = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **output["metrics"]}
-    metrics = _mean_over_workers(values, context)
-    if not math.isfinite(metrics["loss"]):
-        keys = _gather_keys(batch["keys"], context)
-        raise NonFiniteLoss(
-            f"loss is {metrics['loss']} at step {step + 1}; its batch: {', '.join(keys)}. Lower --optim.lr, or look at "
-            "these samples; the last checkpoint is from before this step"
-        )
-    metrics["grad_norm"] = float(clip_gradients(model, optim))
-    metrics["lr"] = lr
-    optimizer.step()
-    return metrics
+def _is_due(step: int, config: LoopConfig, context: Context) -> bool:
+    """Whether numbers are fetched after `step` steps: as often as told, and before anything is written."""
+    fetch = config.fetch_every_steps or (1 if context.device.type == "cpu" else 10)
+    every = [fetch, config.save_every_steps, config.picture_every_steps]
+    return step == config.steps or any(count and step % count == 0 for count in every)
+
+
+def _fetch(
+    pending: list[_Pending], step: int, batches: Batches, context: Context, config: LoopConfig
+) -> Iterator[dict[str, float]]:
+    """The metrics of each pending step, of which the first is number `step` (from 0); times are means over all of them.
+
+    Raises:
+        NonFiniteLoss: names the first step that has one, and its keys; the steps before it were handed out.
+    """
+    rows = [one.measured.read() for one in pending]
+    step_s = (time.perf_counter() - pending[0].begun) / len(pending)
+    wait_s = sum(one.wait_s for one in pending) / len(pending)
+    peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(context.device, config.precision)
+    for number, (one, (metrics, counts)) in enumerate(zip(list(pending), rows, strict=True), step + 1):
+        wrong = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
+        if wrong is not None:
+            keys = _gather_keys(one.keys, context)
+            raise NonFiniteLoss(
+                f"{wrong} is {metrics[wrong]} at step {number}; its batch: {', '.join(keys)}. Lower --optim.lr, or look at "
+                "these samples; the last checkpoint is from before this step"
+            )
+        if "flops" in counts:
+            flops_per_s = counts.pop("flops") / step_s
+            metrics["tflops_per_s"] = flops_per_s / 1e12
+            if peak is not None:
+                metrics["mfu"] = flops_per_s / (peak * context.world_size)
+        metrics |= {f"{name}_per_s": count / step_s for name, count in counts.items()}
+        metrics |= {
+            "step_s": step_s,
+            "data_wait_share": wait_s / step_s,
+            f"{batches.unit}_per_s": batches.units_per_step / step_s,
+            "peak_memory_bytes": _peak_memory_bytes(context.device),
+            "num_workers": context.world_size,
+        }
+        yield metrics
+
+
+def _peak_memory_bytes(device: torch.device) -> float:
+    """The most that this process had allocated on the device so far; on a CPU, the most that it had resident."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts KiB
 
 
 def _draw(objective: nn.Module, step: int, config: LoopConfig, draw: Callable[[nn.Module, int], None] | None) -> None:
@@ -227,31 +296,10 @@ def _draw(objective: nn.Module, step: int, config: LoopConfig, draw: Callable[[n
         objective.train()
 
 
-def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (all devices) from the three numbers."""
-    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
-    number = int.from_bytes(digest[:8], "little") >> 1
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.manual_seed(number)
-
-
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _mean_over_workers(values: dict[str, Tensor], context: Context) -> dict[str, float]:
-    stacked = torch.stack([value.detach().float() for value in values.values()])
-    if context.world_size > 1:
-        dist.all_reduce(stacked)
-        stacked /= context.world_size
-    return dict(zip(values, stacked.tolist(), strict=True))
-
-
 def _extend(digest: str, keys: list[str], context: Context) -> tuple[str, bool]:
     """The digest of all keys consumed so far, in the order of the global batch: the same for any number of workers.
 
-    And whether some worker was told to stop, which all of them learn in the same step, as they must.
+    And whether some worker was told to stop, which all of them learn after the same step, as they must.
     """
     # Each key's hash is weighted by its place; the sum wraps, so it does not depend on who adds what first.
     first = context.rank * len(keys)

@@ -70,7 +70,7 @@ class Features(nn.Module):
         self.backbone = backbone
 
     def forward(self, tokens: Tensor) -> Tensor:
-        features = self.backbone(tokens)
+        features = self.backbone(tokens, padded=True)  # a traced graph cannot look first
         return torch.cat([features.cls[:, None], features.tokens.flatten(1, 3)], dim=1)
 
 

@@ -12,13 +12,13 @@ import torch
 import tyro
 from torch import nn
 
-from jobs.checkpoint import list_checkpoints, load_weights, read_cursor, read_tensors, write_checkpoint
+from jobs.checkpoint import list_checkpoints, load_ema, load_weights, read_cursor, read_tensors, write_checkpoint
 from jobs.config import CONFIG_NAME, load_config
 from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.model_folder import add_mlflow_model, load_model, write_model
 from jobs.result import JobResult
-from jobs.tokenize import TOKENIZER_FOLDER
+from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
 from jobs.training import Task, WorkersConfig, read_run_fingerprint, run_training
 from models.optim import OptimConfig, lr_at
@@ -27,6 +27,7 @@ from models.tokenizers.base import load_tokenizer
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.dataset import read_meta
 from pipeline.errors import ConfigError
+from pipeline.keep_list import keep_list_digest
 from pipeline.loader import LoaderConfig, TokenLoader
 
 log = logging.getLogger(__name__)
@@ -86,11 +87,18 @@ def run(config: PretrainConfig) -> JobResult:
         inputs.append(
             DatasetInput(name=config.continue_from.name, fingerprint=source, uri=uri, context="continued run")
         )
+    loader = config.loader
+    if loader.keep_list is not None:
+        place = loader.keep_list.resolve()
+        inputs.append(
+            DatasetInput(name=place.name, fingerprint=keep_list_digest(place), uri=str(place), context="keep list")
+        )
+        loader = replace(loader, keep_list=place)
     return run_training(
         "pretrain",
         config.out,
         config,
-        functools.partial(_build, replace(config, tokens=config.tokens.resolve())),
+        functools.partial(_build, replace(config, tokens=config.tokens.resolve(), loader=loader)),
         inputs,
         functools.partial(_export, config),
         functools.partial(_conclude, config),
@@ -179,9 +187,11 @@ def make_loader(config: PretrainConfig, *, rank: int, world_size: int) -> TokenL
 
 
 def load_objective(config: PretrainConfig, checkpoint: Path) -> VimpacObjective:
-    """The trained objective of a run, in eval mode."""
+    """The trained objective of a run, in eval mode; the running average of its weights, if the run kept one."""
     objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
     load_weights(checkpoint, objective)
+    if config.loop.ema_decay:
+        load_ema(checkpoint, objective)
     return objective.eval()
 
 

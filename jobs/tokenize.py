@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
 
 from jobs.cluster import connect, count
 from jobs.config import to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
+from jobs.frame_encoder import FrameEncoder
 from jobs.result import JobResult
+from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
-from models.tokenizers.base import Precision, load_tokenizer
+from models.tokenizers.base import load_tokenizer
 from pipeline.dataset import committed_shards, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.quality import keep_mask
 from pipeline.schema import SCORES
 from pipeline.storage import Store
-from pipeline.tokenizing import Encode, TokenizeSettings, describe_tokens
+from pipeline.token_statistics import sample_shards, scan_tokens
+from pipeline.tokenizing import TokenizeSettings, describe_tokens
+from pipeline.worker import EncoderUse
 
 log = logging.getLogger(__name__)
-TOKENIZER_FOLDER = "tokenizer"
-"""Where a token dataset keeps a copy of its tokenizer, so that its tokens can be shown without anything else."""
+_STATISTICS_TOKENS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +49,8 @@ class TokenizeConfig:
     """Folder of a tokenizer, or of the run that trained or imported it."""
     settings: Annotated[TokenizeSettings, tyro.conf.arg(name="")] = field(default_factory=TokenizeSettings)
     num_encoders: int = 0
-    """Encoders, one GPU each, or one CPU each where there is none; 0 takes every GPU, or every second CPU."""
+    """Encoders: one GPU each or, where there is none, one thread each; 0 takes every GPU, or as many as there are CPUs. Those
+    share the CPUs with decoding, and whichever has more to do gets more of them."""
     rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
 
     def __post_init__(self) -> None:
@@ -60,10 +63,9 @@ def run(config: TokenizeConfig) -> JobResult:
     clips = read_meta(source, kind="clips", complete=True)
     folder = find_tokenizer(config.tokenizer)
     tokenizer = load_tokenizer(folder)
-    if config.settings.frames.size_px % tokenizer.patch:
-        raise ConfigError(
-            f"frames.size_px = {config.settings.frames.size_px} is no multiple of the tokenizer's patch of {tokenizer.patch} px"
-        )
+    for size_px in (config.settings.frames.size_px, *config.settings.views.more_sizes_px):
+        if size_px % tokenizer.patch:
+            raise ConfigError(f"a crop of {size_px} px is no multiple of the tokenizer's patch of {tokenizer.patch} px")
     identity: dict[str, Any] = {
         "fingerprint": tokenizer.fingerprint(),
         "codebook_size": tokenizer.codebook_size,
@@ -90,24 +92,35 @@ def run(config: TokenizeConfig) -> JobResult:
     ):
         for path in folder.iterdir():
             out.write(f"{TOKENIZER_FOLDER}/{path.name}", path.read_bytes())
+        use = EncoderUse()
         if job.todo:
             from pipeline.stages import run_tokenize
 
             with connect(), job.progress() as on_shard:
-                num_encoders, resources = _place_encoders(config.num_encoders)
-                make_encode = functools.partial(
-                    _make_encode,
-                    folder.resolve(),
-                    "cuda" if "num_gpus" in resources else "cpu",
-                    config.settings.precision,
-                )
-                run_tokenize(
+                num_encoders, resources = place_encoders(config.num_encoders)
+                device = "cuda" if "num_gpus" in resources else "cpu"
+                make_encode = functools.partial(FrameEncoder, folder.resolve(), device, config.settings.precision)
+                use = run_tokenize(
                     source, out, job.meta, config.settings, make_encode, job.todo, on_shard, num_encoders, resources
                 )
-        result = job.finish()
-    side = config.settings.frames.size_px // tokenizer.patch
-    result.figures["tokens"] = result.figures.get("frames", 0) * side * side
-    return result
+        return job.finish(**_figures(job, tokenizer.codebook_size, use))
+
+
+def _figures(job: DataJob, codebook_size: int, use: EncoderUse) -> dict[str, float]:
+    """Tokens, what one takes on disk (payload, headers and JSON) beside what its codebook needs at least, how codes are
+    used (in at most some 16 million tokens), and how long encoders waited."""
+    infos = committed_shards(job.out, job.meta.fingerprint).values()
+    tokens = sum(info.totals["payload_bytes"] for info in infos) // 2
+    figures = {"tokens": tokens, "code_bits": round(math.log2(codebook_size), 2)}
+    if tokens:
+        figures["bits_per_token"] = round(sum(info.tar_bytes for info in infos) * 8 / tokens, 2)
+        index = read_index(job.out, ["source", "offset", "size", "num_frames", "height", "width"])
+        scan = scan_tokens(job.out, index, codebook_size, shards=sample_shards(index, _STATISTICS_TOKENS))
+        summary = scan.total.summary()
+        figures |= {name: summary[name] for name in ("perplexity", "codes_used_share", "static_share")}
+    if use.span_s:
+        figures |= {"encoder_busy_s": round(use.busy_s, 2), "encoder_wait_share": round(use.wait_share, 4)}
+    return figures
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -120,20 +133,12 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
-def _place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
-    """How many encoders, and the Ray resources of each. Decoding needs a CPU that no encoder holds."""
+def place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
+    """How many encoders, and the Ray resources of each.
+
+    Encoders on CPUs reserve none, so that decoding can use what they leave, and none is idle while there is work.
+    """
     gpus, cpus = int(count("GPU")), int(count("CPU"))
     if gpus:
         return wanted or gpus, {"num_gpus": 1, "num_cpus": 0}
-    encoders = wanted or max(1, cpus // 2)
-    return encoders, {"num_cpus": 1 if encoders < cpus else 0}
-
-
-def _make_encode(folder: Path, device: str, precision: Precision) -> Encode:
-    tokenizer = load_tokenizer(folder, device, precision)
-
-    def encode(frames: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return tokenizer.encode(torch.from_numpy(frames).to(device)).cpu().numpy()
-
-    return encode
+    return wanted or max(1, cpus), {"num_cpus": 0}

@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import nn
 
-from jobs.checkpoint import load_weights
+from jobs.checkpoint import load_ema, load_weights
 from jobs.contact_sheet import save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.result import JobResult
@@ -61,6 +61,11 @@ class TrainTokenizerConfig:
             raise ConfigError(
                 f"perceptual = {self.perceptual} and objective.perceptual_weight = {self.objective.perceptual_weight}: "
                 "the weight needs a tokenizer for its features, and the tokenizer a weight of more than 0"
+            )
+        if self.loop.recompute or self.loop.compile == "on" or self.loop.parallel == "fsdp":
+            raise ConfigError(
+                f"loop.recompute = {self.loop.recompute}, loop.compile = {self.loop.compile}, loop.parallel = "
+                f"{self.loop.parallel}: a VQ-VAE has no repeated layers for them; leave them out"
             )
 
 
@@ -124,6 +129,8 @@ def _load_perceptual(config: TrainTokenizerConfig, device: str | torch.device = 
 def _export(config: TrainTokenizerConfig, checkpoint: Path, folder: Path) -> None:
     objective = VqvaeObjective(Vqvae(config.tokenizer), VqvaeObjectiveConfig())  # its weights alone are of interest
     load_weights(checkpoint, objective)
+    if config.loop.ema_decay:
+        load_ema(checkpoint, objective)
     objective.tokenizer.eval().save(folder)
 
 

@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from jobs.config import CONFIG_NAME, from_plain
+from jobs.progress import Progress
 from jobs.result import JobResult
-from pipeline.dataset import DatasetMeta, read_meta
-from pipeline.errors import ConfigError
+from jobs.token_origin import TOKENIZER_FOLDER, kept_tokenizer, settings_of
+from pipeline.audit import audit, draw_samples
+from pipeline.dataset import DatasetMeta, find_parent, listed_shards, read_meta
+from pipeline.encoding import Encode
+from pipeline.errors import ConfigError, DatasetError
+from pipeline.ffmpeg import FfmpegLimits
 from pipeline.storage import Store
+from pipeline.tokenizing import TokenizeSettings
 from pipeline.verify import Problem, repair
 from pipeline.verify import verify as verify_dataset
 
 log = logging.getLogger(__name__)
 
 
+def parse_share(text: str) -> float:
+    """A share as people write it, 0.001 or 0.1%; ValueError where it is not one between 0 and 1."""
+    share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text}: a share must be in [0, 1], or in [0%, 100%]")
+    return share
+
+
+_SHARE = PrimitiveConstructorSpec[float](
+    nargs=1,
+    metavar="SHARE",
+    instance_from_str=lambda words: parse_share(words[0]),
+    is_instance=lambda value: isinstance(value, float | int),
+    str_from_instance=lambda share: [str(share)],
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyConfig:
-    """Check a clip or token dataset: hashes, offsets, tar members, books, splits, duplicates, stale or foreign shards."""
+    """Check a clip or token dataset: hashes, offsets, tar members, books, splits, duplicates, stale or foreign shards; with
+    --re-encode also whether tokens are those of their clips."""
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """The dataset: a path, or s3://, gs://, abfs://."""
     repair: bool = False
     """Make the shards that fail again, from the same inputs by the command that the dataset keeps (config.json), and check
     once more."""
+    re_encode: Annotated[float, _SHARE] = 0.0
+    """Share of the samples of a token dataset, as 0.001 or 0.1%, whose clips are decoded and encoded again, on the GPU where
+    there is one; the codes must be the same. At least one sample, drawn at random."""
+    re_encode_seed: int = 0
+    """Another seed draws other samples."""
+    re_encode_tolerance: Annotated[float, _SHARE] = 0.0
+    """Share of a sample's codes that may differ. On the kind of device that made the tokens none does; another one may
+    round a near tie the other way."""
+
+    def __post_init__(self) -> None:
+        for name in ("re_encode", "re_encode_tolerance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
+        if self.re_encode_seed < 0:
+            raise ConfigError(f"re_encode_seed = {self.re_encode_seed}: must be 0 or more")
 
 
 def run(config: VerifyConfig) -> JobResult:
     started_s = time.monotonic()
     store = Store.at(config.dataset)
-    problems = _check(store)
+    check = _Check(config, store)
+    problems = check.run()
     repaired: list[int] = []
     if problems and config.repair:
         repaired = repair(store, problems)
         log.info("verify: %d shards are made again: %s", len(repaired), ", ".join(f"{s:06d}" for s in repaired[:20]))
         _rebuild(store)
-        problems = _check(store)
+        problems = check.run()
     meta = read_meta(store)
     num_samples = (meta.totals or {}).get("committed", 0)
     log.info("verify: %d samples, %d problems", num_samples, len(problems))
@@ -57,41 +100,117 @@ def run(config: VerifyConfig) -> JobResult:
             "num_problems": len(problems),
             "problems": [problem.text for problem in problems[:20]],
             "repaired_shards": repaired,
+            **check.figures,
         },
     )
 
 
-def _check(store: Store) -> list[Problem]:
-    problems = list(verify_dataset(store, _find_parent(store, read_meta(store))))
-    for problem in problems:
-        log.error(problem.text)
-    return problems
+class _Check:
+    """One look at a dataset, which can be repeated; `figures` are the last one's."""
+
+    def __init__(self, config: VerifyConfig, store: Store) -> None:
+        self._config, self._store = config, store
+        self.figures: dict[str, int] = {}
+        if config.re_encode:
+            _require_clips(store, read_meta(store))  # hashing a large dataset takes hours, so this is said before
+
+    def run(self) -> list[Problem]:
+        problems = []
+        for problem in self._find():
+            log.error(problem.text)
+            problems.append(problem)
+        return problems
+
+    def _find(self) -> Iterator[Problem]:
+        found = []
+        for problem in verify_dataset(self._store, find_parent(self._store, read_meta(self._store))):
+            found.append(problem.shard)
+            yield problem
+        if self._config.re_encode:
+            yield from self._re_encode([shard for shard in listed_shards(self._store) if shard not in found])
+
+    def _re_encode(self, shards: list[int]) -> Iterator[Problem]:
+        """What decoding and encoding says of samples in `shards`; a shard whose bytes are wrong is known to be bad."""
+        config, store = self._config, self._store
+        meta = read_meta(store)
+        clips = _require_clips(store, meta)
+        drawn = draw_samples(store, shards, config.re_encode, config.re_encode_seed)
+        number = sum(map(len, drawn.values()))
+        self.figures = {"samples_re_encoded": number, "codes_compared": 0, "codes_different": 0}
+        settings = _settings_of(store, meta)
+        encode = _encode_of(store, meta, settings)
+        with Progress("re-encode", "samples", number) as bar:
+            for one in audit(store, clips, drawn, settings, encode, config.re_encode_tolerance):
+                self.figures["codes_compared"] += one.codes_compared
+                self.figures["codes_different"] += one.codes_different
+                bar.advance(1)
+                if one.problem is not None:
+                    yield one.problem
 
 
-def _find_parent(store: Store, meta: DatasetMeta) -> Store | None:
-    """The clip dataset of a token dataset, where it is still at hand."""
-    place = meta.extra.get("clips")
-    if place is None:
-        return None
-    parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
+def _require_clips(store: Store, meta: DatasetMeta) -> Store:
+    """The clip dataset that tokens were made from."""
+    if meta.kind != "tokens":
+        raise ConfigError(f"{store} holds {meta.kind}; only tokens can be encoded again (--re-encode)")
+    clips = find_parent(store, meta)
+    if clips is None:
+        raise ConfigError(
+            f"{store}: --re-encode needs the clips that its tokens were made from, dataset {meta.parent_fingerprint}; at "
+            f"{meta.extra.get('clips')} (seen from there) it is not. Put it back, or verify without --re-encode"
+        )
+    return clips
+
+
+def _settings_of(store: Store, meta: DatasetMeta) -> TokenizeSettings:
+    """The settings that made a token dataset, with the limits of its last command."""
+    settings = settings_of(meta)
+    with contextlib.suppress(ConfigError, KeyError):
+        limits = from_plain(_read_config(store)["settings"]["limits"], FfmpegLimits, store.where(CONFIG_NAME))
+        settings = replace(settings, limits=limits)
+    return settings
+
+
+def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> Encode:
+    """How the tokenizer that a token dataset keeps encodes.
+
+    Raises:
+        DatasetError: it is not there, is damaged, or is not the one that made the tokens.
+    """
+    import torch
+
+    from jobs.frame_encoder import FrameEncoder
+    from models.tokenizers.base import load_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = read_meta(parent, kind="clips").fingerprint
-    except ConfigError:
-        return None
-    return parent if found == meta.parent_fingerprint else None
+        with kept_tokenizer(store) as folder:
+            tokenizer = load_tokenizer(folder, device, settings.precision)
+    except (FileNotFoundError, ValueError) as error:
+        raise DatasetError(f"{store.where(TOKENIZER_FOLDER)}: the tokenizer cannot be loaded: {error}") from error
+    if tokenizer.fingerprint() != meta.config["tokenizer"]:
+        raise DatasetError(
+            f"{store.where(TOKENIZER_FOLDER)} has fingerprint {tokenizer.fingerprint()}; the tokens were made by "
+            f"{meta.config['tokenizer']}. Put that tokenizer there"
+        )
+    return FrameEncoder(tokenizer, device, settings.precision)
 
 
 def _rebuild(store: Store) -> None:
     """Run the job that wrote the dataset again, by its own config; it makes what is missing."""
     from jobs import shard, tokenize
 
-    try:
-        plain = json.loads(store.read(CONFIG_NAME))
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(
-            f"{store.where(CONFIG_NAME)} cannot be read, so the dataset cannot be repaired: {error}"
-        ) from error
+    plain = _read_config(store)
     if read_meta(store).kind == "clips":
         shard.run(replace(from_plain(plain, shard.ShardConfig, store.where(CONFIG_NAME)), out=store.url))
     else:
         tokenize.run(replace(from_plain(plain, tokenize.TokenizeConfig, store.where(CONFIG_NAME)), out=store.url))
+
+
+def _read_config(store: Store) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(store.read(CONFIG_NAME))
+        return plain
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"{store.where(CONFIG_NAME)} cannot be read, so the command that wrote the dataset is unknown: {error}"
+        ) from error

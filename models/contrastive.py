@@ -21,7 +21,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
     this one runs on any backend (two all-reduces forward, two backward). In eval mode it starts no collective.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, update_statistics: bool = True) -> Tensor:
         """(n c) float32 -> (n c) float32."""
         if not self.training:
             return super().forward(input)
@@ -32,10 +32,11 @@ class SyncBatchNorm(nn.BatchNorm1d):
         mean = totals[:-1] / count
         # Deviations from the common mean, not E[x^2] - E[x]^2: the difference of two large numbers loses digits.
         var = sum_over_workers((input - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), self.momentum)
+        if update_statistics:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), self.momentum)
         return (input - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
@@ -56,13 +57,19 @@ class ContrastiveHead(nn.Sequential):
             width = hidden
         super().__init__(*parts, nn.Linear(width, out, bias=False))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, update_statistics: bool = True) -> Tensor:
         """(n d) -> (n o), in float32 whatever autocast says.
 
         The CLS vectors of an untrained model differ by less than bfloat16 resolves, and batch norm blows that up.
+
+        Args:
+            update_statistics: whether batch norm's running statistics, which eval mode uses, take this batch in.
         """
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
+            x = input.float()
+            for part in self:
+                x = part(x, update_statistics) if isinstance(part, SyncBatchNorm) else part(x)
+            return x
 
 
 class Contrast(NamedTuple):

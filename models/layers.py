@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Lines = Literal["t", "h", "w", "hw", "thw"]
+_MAX_SHORT_LINE = 33  # positions, CLS with them: 32 tokens a side at 256 px
 
 # For each kind of line: the axes that tell lines apart, and the axes that run along one.
 _AXES: dict[Lines, tuple[str, str]] = {
@@ -25,8 +26,30 @@ _AXES: dict[Lines, tuple[str, str]] = {
 }
 
 
+def line_shape(lines: Lines, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """How many lines a grid of (t, h, w) has, and how many tokens each; CLS comes on top."""
+    sizes = dict(zip("thw", shape, strict=True))
+    length = math.prod(sizes[axis] for axis in _AXES[lines][1].split())
+    return math.prod(shape) // length, length
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention: (n m l e) each, allowed keys as bool (n 1 1 l) or None -> (n m l e).
+
+    On a CPU torch has one fused kernel, for long lines without dropout; short ones are faster written out in bf16
+    (two to three times) and with dropout (docs/benchmarks.md).
+    """
+    is_short = q.shape[2] <= _MAX_SHORT_LINE and (dropout > 0 or q.dtype != torch.float32)
+    if q.device.type == "cpu" and is_short:
+        scores = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+
+
 def attend_lines(
-    qkv: Tensor, pad: Tensor, lines: Lines, shape: tuple[int, int, int], dropout: float
+    qkv: Tensor, pad: Tensor | None, lines: Lines, shape: tuple[int, int, int], dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Attention inside every line of the grid; CLS takes part in each line, and its outputs are averaged over them.
 
@@ -35,7 +58,7 @@ def attend_lines(
 
     Args:
         qkv: (3 n m s e) queries, keys, values.
-        pad: (n t h w) bool; True is never attended to.
+        pad: (n t h w) bool; True is never attended to. None: no PAD, which needs no mask and so has faster kernels.
         lines: the axes a line runs along.
         shape: (t, h, w).
         dropout: probability that an attention weight is dropped.
@@ -44,7 +67,7 @@ def attend_lines(
     """
     t, h, w = shape
     across, along = _AXES[lines]
-    num_lines = (t * h * w) // math.prod({"t": t, "h": h, "w": w}[axis] for axis in along.split())
+    num_lines, _ = line_shape(lines, shape)
     # Split and not slices: the gradient is then one concatenation, not two zero-filled copies and their sum. Lines are
     # merged after CLS is joined to them, so that moving the axes and joining are one copy.
     cls, tokens = qkv.split([1, t * h * w], dim=3)
@@ -52,11 +75,16 @@ def attend_lines(
     cls = cls.view(*cls.shape[:2], *[1] * len(across.split()), *cls.shape[2:])
     joined = torch.cat([cls.expand(*tokens.shape[:-2], 1, -1), tokens], dim=-2)
     q, k, v = joined.flatten(1, -4).unbind()
-    allowed = F.pad(~rearrange(pad, f"n t h w -> (n {across}) 1 1 ({along})"), (1, 0), value=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    allowed = None
+    if pad is not None:
+        allowed = F.pad(~rearrange(pad, f"n t h w -> (n {across}) 1 1 ({along})"), (1, 0), value=True)
+    out = attend(q, k, v, allowed, dropout)
     cls, tokens = out.split([1, out.shape[2] - 1], dim=2)
-    counts = rearrange(allowed[..., 1:].any(-1), "(n lines) 1 1 -> n 1 lines", lines=num_lines).to(out.dtype)
-    weights = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    if allowed is None:
+        weights = cls.new_full((len(qkv[0]), 1, num_lines), 1 / num_lines)
+    else:
+        counts = rearrange(allowed[..., 1:].any(-1), "(n lines) 1 1 -> n 1 lines", lines=num_lines).to(out.dtype)
+        weights = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     cls = weights @ rearrange(cls, "(n lines) m 1 e -> n lines (m e)", lines=num_lines)
     tokens = rearrange(tokens, f"(n {across}) m ({along}) e -> n t h w m e", t=t, h=h, w=w)
     return rearrange(cls, "n 1 (m e) -> n m e", m=q.shape[1]), tokens
@@ -83,9 +111,8 @@ class LineAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * heads * head_dim)
         self.out = nn.Linear(heads * head_dim, width)
 
-    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
-        """(n s d), PAD as (n t h w) bool -> (n s d)."""
-        shape = (pad.shape[1], pad.shape[2], pad.shape[3])
+    def forward(self, x: Tensor, shape: tuple[int, int, int], pad: Tensor | None) -> Tensor:
+        """(n s d) of a grid of shape (t, h, w), and PAD as (n t h w) bool or None -> (n s d)."""
         dropout = self.dropout if self.training else 0.0
         qkv = rearrange(self.qkv(x), "n s (c m e) -> c n m s e", c=3, m=self.heads)
         parts = qkv.chunk(len(self.lines), dim=2)

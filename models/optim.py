@@ -8,6 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+EMA = "ema"
+"""Name of the running average of weights, beside AdamW's own, in the state of a parameter."""
+MOMENTS = ("exp_avg", "exp_avg_sq", EMA)
+"""The optimiser's state that has the shape of its parameter; the rest, step, is a count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,13 +93,32 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `module`, fused where torch has a fused kernel. Set each group's "lr" from `lr_at` before a step."""
+    """AdamW over `module`, as one fused kernel. Set each group's "lr" from `lr_at` before a step.
+
+    A step changes nothing where the optimiser's attribute `found_inf`, a scalar float32 on the device, is 1.
+    """
     groups = param_groups(module, config.weight_decay)
-    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+@torch.no_grad()
+def update_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """After a step, move the running average of each weight: ema = decay * ema + (1 - decay) * weight.
+
+    The first average is the weight after its first step. It lies in the optimiser's state, so it is saved, sharded and
+    resized as the moments are.
+    """
+    states = [
+        (optimizer.state[p], p) for group in optimizer.param_groups for p in group["params"] if p in optimizer.state
+    ]
+    for state, parameter in states:
+        if EMA not in state:
+            state[EMA] = parameter.detach().clone()
+    torch._foreach_lerp_([state[EMA] for state, _ in states], [parameter for _, parameter in states], 1 - decay)
 
 
 def clip_gradients(module: nn.Module, config: OptimConfig) -> Tensor:
     """Scale gradients in place to `clip_norm`; returns the global L2 norm before that, a scalar. May be non-finite."""
     limit = math.inf if config.clip_norm is None else config.clip_norm
-    return torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

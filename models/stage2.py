@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.optim import param_groups
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state that has the shape of its parameter; its third value, step, is a count."""
+from models.optim import MOMENTS, param_groups
 
 
 def resize_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:

@@ -9,108 +9,35 @@ Source: Tan et al., "VIMPAC: Video Pre-Training via Masked Token Prediction and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.contrastive import ContrastiveHead, contrastive_loss
-from models.distributed import mean_over_workers
-from models.layers import LineAttention, Lines, Mlp, init_normal
+from models.contrastive import Contrast, ContrastiveHead, contrastive_loss
+from models.distributed import mean_over_workers, world_size
+from models.flops import training_flops
+from models.layers import LineAttention, Mlp, init_normal
 from models.masking import block_masks, iid_masks
+from models.objective import Fraction, Output
+from models.vimpac_config import ATTENTIONS, NUM_SPECIAL, SIZES, Layout, VimpacConfig, VimpacObjectiveConfig
 
-Layout = Literal["TxHxW", "T,HxW", "T,H,W", "T,H|W"]
+__all__ = [
+    "SIZES",
+    "Layout",
+    "MlmHead",
+    "VimpacBackbone",
+    "VimpacConfig",
+    "VimpacFeatures",
+    "VimpacObjective",
+    "VimpacObjectiveConfig",
+]
 
-_ATTENTIONS: dict[Layout, tuple[tuple[Lines, ...], ...]] = {
-    "TxHxW": (("thw",),),
-    "T,HxW": (("t",), ("hw",)),
-    "T,H,W": (("t",), ("h",), ("w",)),
-    "T,H|W": (("t",), ("h", "w")),
-}
 _NORM_EPS = 1e-12
 _INIT_STD = 0.02
-_NUM_SPECIAL = 5  # rows of the token table after the codes; PAD and MASK are two of them
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VimpacConfig:
-    """Shape of the backbone. The defaults are VIMPAC small at 5 frames of 128 px."""
-
-    layers: int = 6
-    """Transformer layers."""
-    hidden: int = 512
-    """Width d."""
-    heads: int = 8
-    """Attention heads of a layer; even for layout T,H|W, which gives H and W half of them each."""
-    head_dim: int = 64
-    """Width of a head; heads x head_dim may differ from d ("half" models)."""
-    mlp: int = 2048
-    """Width inside the MLP."""
-    num_frames: int = 5
-    """Frames t of a clip."""
-    grid_height: int = 16
-    """Tokens h down a frame."""
-    grid_width: int = 16
-    """Tokens w across a frame."""
-    codebook_size: int = 8192
-    """Codes of the tokenizer; PAD is codebook_size + 1, MASK is codebook_size + 4."""
-    dropout: float = 0.1
-    """On embeddings, attention weights and each sublayer's output."""
-    layout: Layout = "T,H|W"
-    """Lines along which attention runs, one after the other; | is side by side."""
-    norm: Literal["post", "pre"] = "post"
-    """LayerNorm after each residual (post, the paper) or before each sublayer (pre, with one more at the end)."""
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads", "head_dim", "mlp", "num_frames", "grid_height", "grid_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VimpacConfig: {name} is {getattr(self, name)}; allowed: >= 1")
-        if not 1 <= self.codebook_size <= 2**16 - _NUM_SPECIAL:
-            raise ValueError(
-                f"VimpacConfig: codebook_size is {self.codebook_size}; allowed: [1, {2**16 - _NUM_SPECIAL}], as tokens "
-                "are stored in 16 bits"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"VimpacConfig: dropout is {self.dropout}; allowed: [0, 1)")
-        if self.layout not in _ATTENTIONS:
-            raise ValueError(f"VimpacConfig: layout is {self.layout!r}; allowed: {', '.join(_ATTENTIONS)}")
-        if self.norm not in ("post", "pre"):
-            raise ValueError(f"VimpacConfig: norm is {self.norm!r}; allowed: post, pre")
-        if self.layout == "T,H|W" and self.heads % 2:
-            raise ValueError(
-                f"VimpacConfig: heads is {self.heads} with layout 'T,H|W', which gives H and W half of them each; "
-                "allowed: an even number"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(t, h, w) of a clip."""
-        return self.num_frames, self.grid_height, self.grid_width
-
-    @property
-    def pad_id(self) -> int:
-        """Token of a position that no frame filled."""
-        return self.codebook_size + 1
-
-    @property
-    def mask_id(self) -> int:
-        """Token of a position the model must predict."""
-        return self.codebook_size + 4
-
-
-SIZES: Mapping[str, VimpacConfig] = MappingProxyType(
-    {
-        "small": VimpacConfig(),
-        "base": VimpacConfig(layers=12, hidden=768, heads=12, mlp=3072),
-        "large": VimpacConfig(layers=24, hidden=1024, heads=16, head_dim=32, mlp=2048),
-    }
-)
-"""The paper's models by name; "large" is its Large-Half. 29,442,048, 119,748,096 and 210,106,368 parameters."""
 
 
 class VimpacFeatures(NamedTuple):
@@ -131,26 +58,27 @@ class _Sublayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.pre = config.norm == "pre"
 
-    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
         if self.pre:
             return x + self.dropout(self.branch(self.norm(x), *args))
         return self.norm(x + self.dropout(self.branch(x, *args)))
 
 
 class _Layer(nn.Module):
-    """The layout's attentions, then the MLP: (n s d), PAD (n t h w) -> (n s d)."""
+    """The layout's attentions, then the MLP: (n s d), PAD (n t h w) or None -> (n s d)."""
 
     def __init__(self, config: VimpacConfig) -> None:
         super().__init__()
         self.attentions = nn.ModuleList(
             _Sublayer(LineAttention(config.hidden, config.heads, config.head_dim, lines, config.dropout), config)
-            for lines in _ATTENTIONS[config.layout]
+            for lines in ATTENTIONS[config.layout]
         )
         self.mlp = _Sublayer(Mlp(config.hidden, config.mlp), config)
+        self.shape = config.shape
 
-    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pad: Tensor | None) -> Tensor:
         for attention in self.attentions:
-            x = attention(x, pad)
+            x = attention(x, self.shape, pad)
         return self.mlp(x)
 
 
@@ -165,7 +93,7 @@ class VimpacBackbone(nn.Module):
         super().__init__()
         d = config.hidden
         self.config = config
-        self.token = nn.Embedding(config.codebook_size + _NUM_SPECIAL, d)
+        self.token = nn.Embedding(config.codebook_size + NUM_SPECIAL, d)
         self.cls = nn.Parameter(torch.empty(1, d))
         self.position_cls = nn.Parameter(torch.empty(1, d))
         self.position_t = nn.Parameter(torch.empty(config.num_frames, d))
@@ -182,11 +110,13 @@ class VimpacBackbone(nn.Module):
         for parameter in (self.position_t, self.position_h, self.position_w):
             nn.init.normal_(parameter, std=_INIT_STD / math.sqrt(3))  # the sum of three has the std of one table
 
-    def forward(self, tokens: Tensor, *, intermediates: bool = False) -> VimpacFeatures:
+    def forward(self, tokens: Tensor, *, padded: bool | None = None, intermediates: bool = False) -> VimpacFeatures:
         """Features of clips; finite even for a clip of PAD alone.
 
         Args:
             tokens: (n t h w) int64, in [0, codebook_size) or PAD or MASK, with (t, h, w) = config.shape.
+            padded: whether some token is PAD; attention without a mask is faster. None looks, which on a GPU waits for
+                all work before.
             intermediates: also return what each layer put out, for probes.
         """
         config = self.config
@@ -194,7 +124,8 @@ class VimpacBackbone(nn.Module):
             raise ValueError(
                 f"VimpacBackbone: tokens are {tuple(tokens.shape)}; allowed: (n, {', '.join(map(str, config.shape))})"
             )
-        pad = tokens == config.pad_id
+        is_pad = tokens == config.pad_id
+        pad = is_pad if (bool(is_pad.any()) if padded is None else padded) else None
         position = self.position_t[:, None, None] + self.position_h[:, None] + self.position_w
         x = rearrange(self.token(tokens) + position, "n t h w d -> n (t h w) d")
         cls = (self.cls + self.position_cls).expand(x.shape[0], 1, -1)
@@ -226,46 +157,6 @@ class MlmHead(nn.Module):
         return F.linear(self.transform(x), table[: len(self.bias)], self.bias)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VimpacObjectiveConfig:
-    """What is trained. The defaults are VIMPAC small; `mlm_weight=0` and `alpha=0` are its ablations."""
-
-    mask: Literal["block", "iid"] = "block"
-    """block, or iid for the ablation."""
-    num_blocks: int = 5
-    """Boxes of a block mask: 5 at 128 px and 6 at 256 px in the paper."""
-    iid_fraction: float = 0.145
-    """Hidden share of an iid mask; the default is the expected share of 5 blocks."""
-    mlm_weight: float = 1.0
-    """Weight of masked prediction; 0 leaves it and its head out."""
-    alpha: float = 1.0
-    """Weight of the contrastive loss; 0 leaves it and its head out."""
-    temperature: float = 0.2
-    """Temperature of the contrastive loss."""
-    head_layers: int = 2
-    """Linear layers of the contrastive head."""
-    head_hidden: int = 2048
-    """Width between them."""
-    head_out: int = 256
-    """Width of what is compared."""
-
-    def __post_init__(self) -> None:
-        if self.mask not in ("block", "iid"):
-            raise ValueError(f"VimpacObjectiveConfig: mask is {self.mask!r}; allowed: block, iid")
-        for name in ("num_blocks", "head_layers", "head_hidden", "head_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VimpacObjectiveConfig: {name} is {getattr(self, name)}; allowed: >= 1")
-        if not 0 < self.iid_fraction <= 1:
-            raise ValueError(f"VimpacObjectiveConfig: iid_fraction is {self.iid_fraction}; allowed: (0, 1]")
-        if self.mlm_weight < 0 or self.alpha < 0 or self.mlm_weight == self.alpha == 0:
-            raise ValueError(
-                f"VimpacObjectiveConfig: mlm_weight is {self.mlm_weight}, alpha is {self.alpha}; allowed: >= 0 and one "
-                "of them > 0 (for 'no pre-training', evaluate an untrained backbone)"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"VimpacObjectiveConfig: temperature is {self.temperature}; allowed: > 0")
-
-
 class VimpacObjective(nn.Module):
     """Pre-training loss of VIMPAC over a batch of token clips.
 
@@ -284,45 +175,112 @@ class VimpacObjective(nn.Module):
             else None
         )
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-        """Losses and metrics of one micro-batch.
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer's layers."""
+        return list(self.backbone.layers)
+
+    def split(self, batch: Mapping[str, Any], num_parts: int) -> list[dict[str, Any]]:
+        """A batch as micro-batches of equal size, with the masks of its seeds; a batch of one part is split too.
 
         Args:
-            batch: "tokens" (b v t h w) int64 with PAD where a video is too short; "seeds" (b v) int64, from which the
-                masks are drawn. v is 2 where contrast is on, else any.
+            batch: "tokens" (b v t h w) int64 with PAD where a video is too short; "seeds" (b v) int64. v is 2 where
+                contrast is on, else any. On the host, or the reading of counts waits for the device.
         Returns:
-            "losses": scalars with their weights applied, so the total is their sum: "mlm", "contrastive".
-            "metrics": detached scalars: masked_share (of positions that are not PAD), masked_token_accuracy,
-            contrastive_accuracy. The mean of the workers' losses, and so the gradient that DDP makes, is that of the whole batch.
+            for each part: "tokens"; "masked" (m) int64, hidden positions of its flattened tokens; "num_tokens" that are
+            not PAD; "mean_masked", hidden positions of this worker's parts on average.
         """
         tokens, views = batch["tokens"], batch["tokens"].shape[1]
         if self.contrastive_head is not None and views != 2:
             raise ValueError(
                 f"VimpacObjective: {views} clips a video with alpha {self.config.alpha}; allowed: 2, or alpha 0"
             )
-        tokens = rearrange(tokens, "b v t h w -> (b v) t h w")
-        mask = self.draw_masks(tokens, rearrange(batch["seeds"], "b v -> (b v)"))
-        cls, hidden, _ = self.backbone(tokens.masked_fill(mask, self.backbone.config.mask_id))
-        num_masked = mask.sum()
-        num_tokens = (tokens != self.backbone.config.pad_id).sum()
+        clips = rearrange(tokens, "b v t h w -> (b v) t h w")
+        masks = self.draw_masks(clips, rearrange(batch["seeds"], "b v -> (b v)")).view_as(tokens)
+        mean_masked = int(masks.sum()) / num_parts
+        return [
+            {
+                "tokens": part,
+                "masked": mask.flatten().nonzero().flatten(),
+                "num_tokens": int((part != self.backbone.config.pad_id).sum()),
+                "mean_masked": mean_masked,
+            }
+            for part, mask in zip(tokens.chunk(num_parts), masks.chunk(num_parts), strict=True)
+        ]
+
+    def look_ahead(
+        self, parts: Sequence[dict[str, Any]], run: Callable[[int, dict[str, Any]], Any]
+    ) -> Sequence[dict[str, Any]]:
+        """With `negatives` step, the CLS of all micro-batches, at the cost of one more forward pass of each.
+
+        A micro-batch then has the contrastive loss of the whole step, in which its own CLS alone has gradients
+        (GradCache, Gao et al., arXiv 2101.06983, in the form of one loss a part).
+        """
+        if len(parts) == 1 or self.contrastive_head is None or self.config.negatives == "micro_batch":
+            return parts
+        cls = torch.stack([run(place, {**part, "cls_only": True}) for place, part in enumerate(parts)])
+        return [{**part, "step_cls": cls, "place": place} for place, part in enumerate(parts)]
+
+    def forward(self, part: Mapping[str, Any]) -> Any:
+        """Losses and metrics of one micro-batch of `split`, or of a whole batch.
+
+        Returns:
+            an `Output`; its losses are "mlm" and "contrastive". The mean of "mlm" over micro-batches and workers, and so
+            the gradient that DDP makes, is that over all masked positions of the step, in training. Metrics: masked_share
+            (of positions that are not PAD), masked_token_accuracy, the same in the first and in the last frame of clips,
+            contrastive_accuracy. With "cls_only", the CLS (n d) instead.
+        """
+        if "masked" not in part:
+            [part] = self.split(part, 1)
+        config, tokens, masked = self.backbone.config, part["tokens"], part["masked"]
+        padded = part["num_tokens"] < tokens.numel()
+        hidden_tokens = tokens.flatten().index_fill(0, masked, config.mask_id).view(-1, *config.shape)
+        cls, hidden, _ = self.backbone(hidden_tokens, padded=padded)
+        if part.get("cls_only"):
+            return cls
         losses: dict[str, Tensor] = {}
-        metrics = {"masked_share": num_masked / num_tokens.clamp(min=1)}
+        metrics: dict[str, Tensor | Fraction] = {
+            "masked_share": Fraction(_scalar(len(masked), cls), _scalar(part["num_tokens"], cls))
+        }
         if self.mlm_head is not None:
-            # All-PAD clips or an unlucky draw can leave nothing to predict: the loss is then 0, with zero gradients.
-            logits = self.mlm_head(hidden[mask], self.backbone.token.weight).float()
-            targets = tokens[mask]
-            # Over the mean count, so that the mean of the workers' losses is that over all masked positions: the same for
-            # any number of workers.
-            count = mean_over_workers(num_masked) if self.training else num_masked
-            mlm = F.cross_entropy(logits, targets, reduction="sum") / count.clamp(min=1e-9)
+            logits = self.mlm_head(hidden.flatten(0, 3).index_select(0, masked), self.backbone.token.weight).float()
+            targets = tokens.flatten()[masked]
+            # Over the mean count of all parts of all workers, so that the mean of their losses is the mean over all masked
+            # positions. Nothing to predict, in clips of PAD alone, is a loss of 0 with zero gradients.
+            count = _scalar(part["mean_masked"], cls)
+            count = (mean_over_workers(count) if self.training else count).clamp(min=1e-9)
+            mlm = F.cross_entropy(logits, targets, reduction="sum") / count
             losses["mlm"] = self.config.mlm_weight * mlm
-            metrics["masked_token_accuracy"] = (logits.argmax(-1) == targets).sum() / num_masked.clamp(min=1)
+            metrics |= self._accuracies(logits.detach().argmax(-1) == targets, masked)
+        num_compared = 0
         if self.contrastive_head is not None:
-            a, b = rearrange(self.contrastive_head(cls), "(b v) o -> v b o", v=2)
-            contrast = contrastive_loss(a, b, self.config.temperature, gather=self.training)
+            contrast, num_compared = self._contrast(cls, part)
             losses["contrastive"] = self.config.alpha * contrast.loss
             metrics["contrastive_accuracy"] = contrast.accuracy
-        return {"losses": losses, "metrics": metrics}
+        flops = training_flops(config, self.config, len(hidden_tokens), len(masked), num_compared)
+        counts = {"clips": _scalar(len(hidden_tokens), cls), "flops": _scalar(flops, cls)}
+        return Output(losses=losses, metrics=metrics, counts=counts)
+
+    def _accuracies(self, hits: Tensor, masked: Tensor) -> dict[str, Tensor | Fraction]:
+        t, h, w = self.backbone.config.shape
+        frame = masked // (h * w) % t
+        where = {"": frame >= 0, "_first_frame": frame == 0, "_last_frame": frame == t - 1}
+        return {f"masked_token_accuracy{name}": Fraction((hits & at).sum(), at.sum()) for name, at in where.items()}
+
+    def _contrast(self, cls: Tensor, part: Mapping[str, Any]) -> tuple[Contrast, int]:
+        """The contrastive loss, and how many clips each clip is compared with."""
+        assert self.contrastive_head is not None
+        place = part.get("place", 0)
+        if "step_cls" in part:
+            all_cls = list(part["step_cls"].unbind())
+            # The loop averages over micro-batches, and each CLS has gradients in one of them.
+            all_cls[place] = all_cls[place] + len(all_cls) * (cls - cls.detach())
+            cls = torch.cat(all_cls)
+        # Statistics of the batch are the same in every micro-batch, so they are taken up once.
+        projected = self.contrastive_head(cls, update_statistics=place == 0)
+        a, b = rearrange(projected, "(b v) o -> v b o", v=2)
+        num_compared = len(projected) * (world_size() if self.training else 1)
+        return contrastive_loss(a, b, self.config.temperature, gather=self.training), num_compared
 
     def draw_masks(self, tokens: Tensor, seeds: Tensor) -> Tensor:
         """Positions to hide, never PAD: tokens (n t h w) int64, seeds (n) int64 -> (n t h w) bool."""
@@ -350,3 +308,8 @@ class VimpacObjective(nn.Module):
         out = tokens.clone()
         out[mask] = self.mlm_head(hidden[mask], self.backbone.token.weight).argmax(-1)
         return out
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """`value` on the device of `like`, written there instead of copied, so that nobody waits."""
+    return torch.full((), value, device=like.device, dtype=torch.float32)

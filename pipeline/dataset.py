@@ -85,7 +85,7 @@ def create_or_resume(
     if store.is_local:
         for part in _PARTS:
             store.path(part).mkdir(exist_ok=True)
-        _remove_leftovers(store, ("", *_PARTS))
+        _remove_leftovers(store, ("", *_PARTS, "tokenizer"))
     for source, name in ((plan_rejects, PLAN_REJECTS), (plan, PLAN_NAME)):
         if source is not None and not store.exists(name):
             scratch = store.scratch(name)
@@ -129,6 +129,19 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
     if complete and meta.totals is None:
         raise ConfigError(f"{store} is unfinished; run the command that writes it again, it resumes where it stopped")
     return meta
+
+
+def find_parent(store: Store, meta: DatasetMeta) -> Store | None:
+    """The clip dataset that the token dataset in `store` was made from, where it is still at hand."""
+    place = meta.extra.get("clips")
+    if place is None:
+        return None
+    parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
+    try:
+        found = read_meta(parent, kind="clips").fingerprint
+    except ConfigError:
+        return None
+    return parent if found == meta.parent_fingerprint else None
 
 
 def write_meta(place: Place, meta: DatasetMeta) -> None:

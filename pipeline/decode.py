@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
@@ -15,10 +16,17 @@ from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.packets import PacketTimes
 from pipeline.probe import VideoInfo
 from pipeline.scoring import SCALE_FLAGS
+from pipeline.views import Crop
 
 _DECODING: dict[str, dict[str, float | str]] = {
     "exact": {},
     "fast": {"skip_frame": "noref", "skip_loop_filter": "all"},
+}
+# Along the longer side; a square frame counts as upright.
+_PLACES = {
+    "start": {"x": "if(gt(iw,ih),0,(iw-ow)/2)", "y": "if(gt(iw,ih),(ih-oh)/2,0)"},
+    "center": {},
+    "end": {"x": "if(gt(iw,ih),iw-ow,(iw-ow)/2)", "y": "if(gt(iw,ih),(ih-oh)/2,ih-oh)"},
 }
 
 
@@ -28,6 +36,8 @@ class FrameConfig:
 
     fps: float = 2.0
     """Frames per second."""
+    start_s: float = 0.0
+    """Seconds of the clip before the first frame: the phase of the frames."""
     size_px: int = 128
     """Side of the square crop in pixels; the shorter side of the video is scaled to it."""
     decode: Literal["exact", "fast"] = "exact"
@@ -37,6 +47,8 @@ class FrameConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fps < math.inf:
             raise ConfigError(f"frames.fps = {self.fps}: must be more than 0, and finite")
+        if not 0 <= self.start_s < math.inf:
+            raise ConfigError(f"frames.start_s = {self.start_s}: must be 0 or more, and finite")
         if self.size_px < 8 or self.size_px % 8:
             raise ConfigError(f"frames.size_px = {self.size_px}: must be a multiple of 8 px")
         if self.decode not in ("exact", "fast"):
@@ -44,34 +56,100 @@ class FrameConfig:
 
 
 def decode_frames(source: IO[bytes], duration_s: float, config: FrameConfig, limits: FfmpegLimits) -> np.ndarray:
-    """Frames of a whole clip as uint8 RGB (t h w c), at `config.fps` from its start.
+    """Frames of a whole clip as uint8 RGB (t h w c), at `config.fps` from `config.start_s` on; see `iter_frames`."""
+    crop = Crop(size_px=config.size_px, scaled_px=config.size_px)
+    ((frames,),) = iter_frames(source, duration_s, config, [crop], limits)
+    return frames
+
+
+def iter_frames(
+    source: IO[bytes],
+    duration_s: float,
+    config: FrameConfig,
+    crops: Sequence[Crop],
+    limits: FfmpegLimits,
+    max_frames: int | None = None,
+) -> Iterator[list[np.ndarray]]:
+    """Several crops of the frames of a clip from one decode, at `config.fps` from `config.start_s` on.
+
+    A crop's pixels do not depend on which others are asked for.
 
     Args:
         duration_s: what the probe said; more than about this many frames is refused as `too-large`.
+        max_frames: frames that are held and yielded at a time; None: all at once.
+
+    Yields:
+        uint8 RGB (t h w c), one array for each of `crops` with the same t: `max_frames`, and at the end the rest.
 
     Raises:
-        BadVideo: the clip cannot be decoded, or holds no frame.
+        BadVideo: the clip cannot be decoded, or holds no frame; frames may have been yielded before.
     """
-    side = config.size_px
-    frame_bytes = side * side * 3
-    # A clip shorter than one frame of the output has that frame; rounding would leave it none.
-    at_end = "pass" if duration_s * config.fps < 1 else "round"
-    stream = _open(source, limits, **_DECODING[config.decode]).filter("fps", fps=config.fps, eof_action=at_end)
-    stream = stream.filter("scale", side, side, force_original_aspect_ratio="increase", flags=SCALE_FLAGS).filter(
-        "crop", side, side
-    )
     # Rates are rarely exact, so a second's worth of slack stands between an honest file and an endless one.
-    pipe = Pipe((math.ceil((duration_s + 1.0) * config.fps) + 1) * frame_bytes)
-    command = stream.output(pipe.url, format="rawvideo", pix_fmt="rgb24", **{"threads": 1}).compile()
-    raw = bytearray()  # it grows in place, so that the frames are held once
-    with Process(_quiet(command), [source], limits, pipes=[pipe]) as process:
-        for _, chunk in process.read():
-            raw += chunk
+    most_frames = math.ceil((duration_s + 1.0) * config.fps) + 1
+    frame_bytes = [crop.size_px**2 * 3 for crop in crops]
+    pipes = [Pipe(most_frames * size) for size in frame_bytes]
+    place_of = {pipe: place for place, pipe in enumerate(pipes)}
+    held = [bytearray() for _ in crops]  # they grow in place, so that frames are held once
+    num_frames = 0
+
+    def take(count: int) -> list[np.ndarray]:
+        nonlocal num_frames
+        num_frames += count
+        taken = []
+        for place, (crop, size) in enumerate(zip(crops, frame_bytes, strict=True)):
+            whole, held[place] = held[place], held[place][count * size :]
+            del whole[count * size :]
+            taken.append(np.frombuffer(whole, np.uint8).reshape(count, crop.size_px, crop.size_px, 3))
+        return taken
+
+    with Process(
+        _quiet(_crops_command(source, duration_s, config, crops, pipes, limits)), [source], limits, pipes=pipes
+    ) as process:
+        for pipe, chunk in process.read():
+            held[place_of[pipe]] += chunk
+            while max_frames and all(
+                len(data) >= max_frames * size for data, size in zip(held, frame_bytes, strict=True)
+            ):
+                yield take(max_frames)
         process.finish()
-    if len(raw) < frame_bytes:
+    if rest := min(len(data) // size for data, size in zip(held, frame_bytes, strict=True)):
+        yield take(rest)
+    if not num_frames:
         raise BadVideo("corrupt", "not one frame could be decoded")
-    del raw[len(raw) // frame_bytes * frame_bytes :]
-    return np.frombuffer(raw, np.uint8).reshape(-1, side, side, 3)
+
+
+def _crops_command(
+    source: IO[bytes],
+    duration_s: float,
+    config: FrameConfig,
+    crops: Sequence[Crop],
+    pipes: Sequence[Pipe],
+    limits: FfmpegLimits,
+) -> list[str]:
+    # A clip shorter than one frame of the output has that frame; rounding would leave it none.
+    at_end = "pass" if (duration_s - config.start_s) * config.fps < 1 else "round"
+    stream = _open(source, limits, **_DECODING[config.decode])
+    if config.start_s:
+        # From 0 again, or ffmpeg would fill the time before with copies of the first frame.
+        stream = stream.filter("trim", start=config.start_s).filter("setpts", "PTS-STARTPTS")
+    stream = stream.filter("fps", fps=config.fps, eof_action=at_end)
+    outputs = []
+    sizes = list(dict.fromkeys(crop.scaled_px for crop in crops))
+    for size, scaled in zip(sizes, _split(stream, len(sizes)), strict=True):
+        scaled = scaled.filter("scale", size, size, force_original_aspect_ratio="increase", flags=SCALE_FLAGS)
+        mine = [(crop, pipe) for crop, pipe in zip(crops, pipes, strict=True) if crop.scaled_px == size]
+        for (crop, pipe), copy in zip(mine, _split(scaled, len(mine)), strict=True):
+            square = copy.filter("crop", crop.size_px, crop.size_px, **_PLACES[crop.place])
+            outputs.append(square.output(pipe.url, format="rawvideo", pix_fmt="rgb24", **{"threads": 1}))
+    words: list[str] = ffmpeg_python.merge_outputs(*outputs).compile() if len(outputs) > 1 else outputs[0].compile()
+    return words
+
+
+def _split(stream: Any, count: int) -> list[Any]:
+    if count == 1:
+        return [stream]
+    copies = stream.filter_multi_output("split", count)
+    return [copies[number] for number in range(count)]
 
 
 def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) -> None:

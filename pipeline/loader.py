@@ -14,6 +14,7 @@ import torch
 
 from pipeline.dataset import read_index, read_meta, shard_path
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.keep_list import read_keep_list
 from pipeline.order import GlobalOrder, draw_seeds, hash_keys
 from pipeline.quality import QualityThresholds, keep_mask
 from pipeline.schema import Split, TokenBatch
@@ -35,6 +36,8 @@ class LoaderConfig:
     """Seed of the order, the windows and the masks."""
     keep: QualityThresholds = field(default_factory=QualityThresholds)
     """Samples whose scores are beyond these are left out; nothing is decoded again."""
+    keep_list: Path | None = None
+    """Only samples in this file are used: the keep.parquet of `tokenreel dedup`, made for these very tokens."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shards_per_block < 1:
@@ -68,7 +71,7 @@ class TokenLoader:
     ) -> None:
         if config.batch_size % world_size:
             raise ConfigError(f"loader.batch_size = {config.batch_size} does not divide by the {world_size} workers")
-        self._reader = WindowReader(folder, config.split, window, pad, config.keep)
+        self._reader = WindowReader(folder, config.split, window, pad, config.keep, config.keep_list)
         if config.batch_size > len(self._reader):
             raise ConfigError(
                 f"loader.batch_size = {config.batch_size} exceeds the {len(self._reader)} samples of split {config.split} in "
@@ -102,14 +105,21 @@ class TokenLoader:
         )
 
 
-def select_rows(index: pa.Table, split: Split | Literal["all"], keep: QualityThresholds | None) -> pa.Table:
-    """The rows of an index that belong to `split` and hold every threshold of `keep`, in their order.
+def select_rows(
+    index: pa.Table,
+    split: Split | Literal["all"],
+    keep: QualityThresholds | None,
+    kept_keys: pa.ChunkedArray | None = None,
+) -> pa.Table:
+    """The rows of an index that belong to `split`, hold every threshold of `keep` and have one of `kept_keys`, in their order.
 
     Raises:
         ConfigError: a threshold is set on a score that no row has.
     """
     if split != "all":
         index = index.filter(pc.equal(index["split"], split))
+    if kept_keys is not None:
+        index = index.filter(pc.is_in(index["key"], value_set=kept_keys))
     return index if keep is None else index.filter(keep_mask(index, keep))
 
 
@@ -123,11 +133,14 @@ class WindowReader:
         window: tuple[int, int, int],
         pad: int,
         keep: QualityThresholds | None = None,
+        keep_list: Path | None = None,
     ) -> None:
         self._folder, self._window, self._pad = folder, window, pad
         self.num_frames = window[0]
-        self.fingerprint = read_meta(folder, kind="tokens", complete=True).fingerprint
-        self.index = select_rows(read_index(folder), split, keep)
+        meta = read_meta(folder, kind="tokens", complete=True)
+        self.fingerprint = meta.fingerprint
+        kept = None if keep_list is None else read_keep_list(keep_list, meta)
+        self.index = select_rows(read_index(folder), split, keep, kept)
         grids = set(zip(self.index["height"].to_pylist(), self.index["width"].to_pylist(), strict=True))
         if grids - {window[1:]}:
             raise ConfigError(f"{folder} holds grids of {sorted(grids)} tokens; the model takes {window[1:]}")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Part of every fingerprint: raise it when the same input and config would give other bytes."""
 
 Split = Literal["train", "val"]
@@ -144,7 +144,8 @@ CLIP_SCHEMA = pa.schema(
         ("source_container", pa.string()),
     ]
 )
-TOKEN_SCHEMA = pa.schema([*_COMMON, ("clip_sha256", pa.string())])
+# Of the clip that a token sample shows, and in which view; `view` is "" where its dataset has one view a clip.
+TOKEN_SCHEMA = pa.schema([*_COMMON, ("clip_key", pa.string()), ("view", pa.string()), ("clip_sha256", pa.string())])
 
 
 class TokenBatch(TypedDict):

@@ -77,10 +77,11 @@ class ShardInfo:
 
 
 class Written(NamedTuple):
-    """A committed shard, and how many bytes of input it took."""
+    """A committed shard, how many bytes of input it took, and what a person should hear of how it went."""
 
     info: ShardInfo
     read_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 class ShardWriter:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -12,13 +15,16 @@ import numpy as np
 import ray
 
 from pipeline.dataset import DatasetMeta
+from pipeline.encoding import Encode, Piece
 from pipeline.errors import TokenreelError
 from pipeline.schema import VideoRef
 from pipeline.sharding import ShardSettings, write_clip_shard
 from pipeline.shards import Written, read_shard_rows
 from pipeline.storage import Store
-from pipeline.tokenizing import Decoded, Encode, TokenizeSettings, decode_clip, write_token_shard
+from pipeline.tokenizing import TokenizeSettings, decode_clips, group_rows, write_token_shard
+from pipeline.worker import BusyClock, EncoderUse, collected_warnings
 
+log = logging.getLogger(__name__)
 OnShard = Callable[[Written], None]
 """Told of each committed shard. An error that it raises ends the stage."""
 
@@ -83,67 +89,129 @@ def run_tokenize(
     on_shard: OnShard,
     num_encoders: int,
     encoder_resources: dict[str, float],
-) -> None:
+) -> EncoderUse:
     """Write the token shards `todo`: `num_encoders` actors encode, and fan decoding out to all CPUs.
 
     Each actor works on two shards at a time, so the decoding of the next one starts before this one ends.
+
+    Args:
+        encoder_resources: of one encoder, as Ray names them. One with GPUs encodes two batches at a time: while the codes
+            of one come back, the GPU has the other.
+
+    Returns:
+        how busy the encoders were, all together.
     """
+    num_encoders = min(num_encoders, len(todo))
+    cpus = ray.cluster_resources().get("CPU", 1.0)
     encoder_class = ray.remote(_Encoder).options(
-        max_concurrency=2, max_restarts=-1, max_task_retries=-1, **encoder_resources
+        max_concurrency=_OPEN_SHARDS + 1,  # one thread answers while the others work
+        max_restarts=-1,
+        max_task_retries=_MAX_RETRIES,
+        scheduling_strategy="SPREAD",
+        **encoder_resources,
     )
+    arguments = (clips, out, meta.fingerprint, settings, make_encode)
+    batches_at_a_time, groups_ahead = 2 if "num_gpus" in encoder_resources else 1, 1 + math.ceil(cpus / num_encoders)
     encoders: list[Any] = [
-        encoder_class.remote(clips, out, meta, settings, make_encode) for _ in range(min(num_encoders, len(todo)))
+        encoder_class.remote(*arguments, batches_at_a_time, groups_ahead) for _ in range(num_encoders)
     ]
     waiting = deque(todo)
-    running: dict[ray.ObjectRef, Any] = {}
+    running: dict[ray.ObjectRef, tuple[Any, int]] = {}
+    times_lost: Counter[int] = Counter()
 
     def start_next(encoder: Any) -> None:
         if waiting:
-            running[encoder.write_shard.remote(waiting.popleft())] = encoder
+            shard = waiting.popleft()
+            running[encoder.write_shard.remote(shard)] = (encoder, shard)
 
-    for encoder in [*encoders, *encoders]:
+    for encoder in encoders * _OPEN_SHARDS:
         start_next(encoder)
     while running:
         done = ray.wait(list(running))[0][0]
-        encoder = running.pop(done)
-        on_shard(_get(done))
+        encoder, shard = running.pop(done)
+        try:
+            on_shard(_get(done))
+        except ray.exceptions.ActorUnavailableError:
+            # Its node is lost, and until Ray knows that, half a minute later, every retry of its own fails at once.
+            times_lost[shard] += 1
+            if times_lost[shard] > _MAX_TIMES_LOST:
+                raise
+            log.warning("shard %06d: its encoder cannot be reached; it is made again", shard)
+            time.sleep(min(2 ** times_lost[shard], 16))
+            waiting.appendleft(shard)
         start_next(encoder)
+    return sum((_use(encoder) for encoder in encoders), EncoderUse())
 
 
-_DECODE_WINDOW = 8
-"""Clips of one shard that are decoded ahead of the encoder; bounds the frames that wait in the object store."""
+def _use(encoder: Any) -> EncoderUse:
+    try:
+        use: EncoderUse = ray.get(encoder.use.remote(), timeout=10)
+        return use
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return EncoderUse()
+
+
+_OPEN_SHARDS = 2
+_MAX_RETRIES = 5
+"""Times that a shard, or a group of clips, whose process died is tried again."""
+_MAX_TIMES_LOST = 8
+"""Times that a shard may lose its encoder's node: the waits in between add up to a minute and a half."""
 
 
 class _Encoder:
     """Owns a tokenizer and the shards it is asked to write."""
 
     def __init__(
-        self, clips: Store, out: Store, meta: DatasetMeta, settings: TokenizeSettings, make_encode: Callable[[], Encode]
+        self,
+        clips: Store,
+        out: Store,
+        fingerprint: str,
+        settings: TokenizeSettings,
+        make_encode: Callable[[], Encode],
+        batches_at_a_time: int,
+        groups_ahead: int,
     ) -> None:
-        self._clips, self._out, self._meta, self._settings = clips, out, meta, settings
-        self._encode = make_encode()
-        self._device = threading.Lock()
+        self._clips, self._out, self._fingerprint, self._settings = clips, out, fingerprint, settings
+        self._encode, self._groups_ahead = make_encode(), groups_ahead
+        self._turns, self._clock = threading.Semaphore(batches_at_a_time), BusyClock()
 
     def write_shard(self, shard: int) -> Written:
-        decoded = self._decode_ahead(read_shard_rows(self._clips, shard))
-        return write_token_shard(
-            self._clips, self._out, self._meta.fingerprint, shard, decoded, self._encode_alone, self._settings
-        )
+        rows = read_shard_rows(self._clips, shard)
+        with collected_warnings() as warnings:
+            written = write_token_shard(
+                self._clips,
+                self._out,
+                self._fingerprint,
+                shard,
+                rows,
+                self._decode_ahead(rows),
+                self._encode_in_turn,
+                self._settings,
+            )
+        return written._replace(warnings=tuple(warnings))
 
-    def _encode_alone(self, frames: np.ndarray) -> np.ndarray:
-        with self._device:
+    def use(self) -> EncoderUse:
+        return self._clock.use()
+
+    def _encode_in_turn(self, frames: np.ndarray) -> np.ndarray:
+        with self._turns, self._clock:
             return self._encode(frames)
 
-    def _decode_ahead(self, rows: list[dict[str, Any]]) -> Iterator[Decoded]:
-        window: deque[ray.ObjectRef] = deque()
-        for row in rows:
-            window.append(_decode_task.remote(self._clips, row, self._settings))
-            if len(window) > _DECODE_WINDOW:
-                yield ray.get(window.popleft())
+    def _decode_ahead(self, rows: list[dict[str, Any]]) -> Iterator[Piece]:
+        groups = group_rows(rows, self._settings)
+        window = deque(self._decode(group) for group in itertools.islice(groups, self._groups_ahead))
         while window:
-            yield ray.get(window.popleft())
+            for pieces in window.popleft():
+                yield from ray.get(pieces)
+            window.extend(self._decode(group) for group in itertools.islice(groups, 1))
+
+    def _decode(self, rows: list[dict[str, Any]]) -> Any:
+        return _decode_task.remote(self._clips, rows, self._settings)
 
 
-@ray.remote(num_cpus=1, max_retries=5)
-def _decode_task(clips: Store, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
-    return decode_clip(clips, row, settings)
+# It streams, so that a clip of a day is never held whole. A limit to how far it may run ahead of its reader would hold
+# its CPU while it waits, and groups that wait for each other's readers would then wait for ever; Ray moves what nobody has
+# read yet to disk instead.
+@ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, num_returns="streaming")
+def _decode_task(clips: Store, rows: list[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[Piece]]:
+    yield from decode_clips(clips, rows, settings)

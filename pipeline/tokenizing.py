@@ -1,27 +1,28 @@
-"""The tokenize stage without Ray: clips to frames, frames to full batches, codes to one committed shard."""
+"""The tokenize stage without Ray: clips to frames, and their codes to one committed shard."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.dataset import DatasetMeta
-from pipeline.decode import FrameConfig, decode_frames, open_bytes
+from pipeline.decode import FrameConfig, iter_frames, open_bytes
+from pipeline.encoding import Encode, Piece, encode_pieces
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.quality import QualityThresholds, failed_threshold
-from pipeline.schema import SCORES, Reject, fingerprint
-from pipeline.shards import ShardWriter, Written, read_payload, read_shard_info, read_shard_rows
+from pipeline.schema import SCORES, Outcome, Reject, fingerprint
+from pipeline.shards import ShardWriter, Written, read_payload, read_shard_info
 from pipeline.storage import LOCAL_TROUBLE, Store
+from pipeline.views import Crop, View, ViewConfig, crops_of
 
-Encode = Callable[[np.ndarray], np.ndarray]
-"""Frames uint8 (b h w c) to codes uint16 (b h w); the caller of this package brings it."""
-Decoded = np.ndarray | Reject
+_GROUP_BYTES = 4 * 2**20
+"""Frames that travel together, in bytes: large enough that a message costs little beside what it carries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class TokenizeSettings:
     """What decides the content of a token dataset, beside its clips and its tokenizer."""
 
     frames: FrameConfig = field(default_factory=FrameConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
     batch_frames: int = 32
     """Frames that are encoded together; part of the identity, because rounding may depend on it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -42,6 +44,15 @@ class TokenizeSettings:
             raise ConfigError(f"precision = {self.precision!r}: allowed are fp32, bf16, fp16")
         if self.batch_frames < 1:
             raise ConfigError(f"batch_frames = {self.batch_frames}: must be 1 or more")
+        self.all_views()
+
+    def all_views(self) -> list[View]:
+        """What becomes a sample of each clip, the plainest view first."""
+        return self.views.views(self.frames.size_px)
+
+    def view(self, name: str) -> View | None:
+        """The view of that name, as the index has it; None where these settings make none of that name."""
+        return next((view for view in self.all_views() if view.name == name), None)
 
 
 def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[str, Any]) -> DatasetMeta:
@@ -62,35 +73,97 @@ def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[
     )
 
 
-def decode_clip(clips: Store, row: dict[str, Any], settings: TokenizeSettings) -> Decoded:
-    """Frames uint8 (t h w c) of one clip, or the reject that it becomes."""
-    scores = {name: math.nan if row[f"score_{name}"] is None else row[f"score_{name}"] for name in SCORES}
-    if (failed := failed_threshold(scores, settings.keep)) is not None:
-        return Reject(
+def decode_clip(
+    clips: Store, row: dict[str, Any], settings: TokenizeSettings, view: View | None = None
+) -> np.ndarray | Reject:
+    """Frames uint8 (t h w c) of one clip in one view (by default the plainest), or the reject that it becomes."""
+    view = view or settings.all_views()[0]
+    (piece,) = _decode_pieces(clips, row, settings, [view.crop], max_frames=None)
+    if piece.reject is not None:
+        return piece.reject
+    return piece.frames[0][:, :, ::-1] if view.flip else piece.frames[0]
+
+
+def decode_clips(clips: Store, rows: Iterable[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[Piece]]:
+    """The pieces of these clips, one clip after the other, a few MB at a time whatever the clips' sizes."""
+    crops = crops_of(settings.all_views())
+    max_frames = max(1, _GROUP_BYTES // _bytes_of(crops))
+    group: list[Piece] = []
+    size = 0
+    for row in rows:
+        for piece in _decode_pieces(clips, row, settings, crops, max_frames):
+            group.append(piece)
+            size += sum(frames.nbytes for frames in piece.frames)
+            if size >= _GROUP_BYTES:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def group_rows(rows: Sequence[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[dict[str, Any]]]:
+    """`rows` in groups that one decoder takes, of a few MB of frames by what their spans promise."""
+    second_bytes = settings.frames.fps * _bytes_of(crops_of(settings.all_views()))
+    group: list[dict[str, Any]] = []
+    size = 0.0
+    for row in rows:
+        group.append(row)
+        size += (row["end_s"] - row["start_s"]) * second_bytes
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0.0
+    if group:
+        yield group
+
+
+def _bytes_of(crops: Sequence[Crop]) -> int:
+    """What one frame takes in all crops."""
+    return 3 * sum(crop.size_px**2 for crop in crops)
+
+
+def _decode_pieces(
+    clips: Store, row: dict[str, Any], settings: TokenizeSettings, crops: Sequence[Crop], max_frames: int | None
+) -> Iterator[Piece]:
+    duration_s = row["end_s"] - row["start_s"]
+
+    def reject(reject_class: str, reason: str, stderr: str = "", outcome: Outcome = "rejected") -> Piece:
+        why = Reject(
             path=row["source"],
             key=row["key"],
             stage="tokenize",
-            outcome="filtered",
-            reject_class=failed[0],
-            reason=failed[1],
+            outcome=outcome,
+            reject_class=reject_class,
+            reason=reason,
+            stderr=stderr,
         )
-    try:
-        data = read_payload(clips, row)
-        with open_bytes(data) as file:
-            return decode_frames(file, row["end_s"] - row["start_s"], settings.frames, settings.limits)
-    except BadVideo as bad:
-        reject_class, reason, stderr = bad.reject_class, bad.reason, bad.stderr
-    except TransientIO as error:
-        reject_class, reason, stderr = "storage", str(error), ""
-    except DatasetError as error:
-        reject_class, reason, stderr = "corrupt", str(error), ""
-    except OSError as error:
-        if error.errno in LOCAL_TROUBLE:  # a full disk is not the clip's fault
-            raise
-        reject_class, reason, stderr = "unreadable", str(error), ""
-    return Reject(
-        path=row["source"], key=row["key"], stage="tokenize", reject_class=reject_class, reason=reason, stderr=stderr
-    )
+        return Piece([], True, why)
+
+    scores = {name: math.nan if row[f"score_{name}"] is None else row[f"score_{name}"] for name in SCORES}
+    if (failed := failed_threshold(scores, settings.keep)) is not None:
+        yield reject(*failed, outcome="filtered")
+    elif settings.frames.start_s and duration_s <= settings.frames.start_s:
+        reason = f"lasts {duration_s:.3f} s; frames begin at frames.start_s = {settings.frames.start_s:g}"
+        yield reject("too-short", reason, outcome="filtered")
+    else:
+        try:
+            with open_bytes(read_payload(clips, row)) as file:
+                ahead: list[np.ndarray] | None = None
+                for frames in iter_frames(file, duration_s, settings.frames, crops, settings.limits, max_frames):
+                    if ahead is not None:
+                        yield Piece(ahead, False)
+                    ahead = frames
+            assert ahead is not None
+            yield Piece(ahead, True)
+        except BadVideo as bad:
+            yield reject(bad.reject_class, bad.reason, bad.stderr)
+        except TransientIO as error:
+            yield reject("storage", str(error))
+        except DatasetError as error:
+            yield reject("corrupt", str(error))
+        except OSError as error:
+            if error.errno in LOCAL_TROUBLE:  # a full disk is not the clip's fault
+                raise
+            yield reject("unreadable", str(error))
 
 
 def write_token_shard(
@@ -98,77 +171,54 @@ def write_token_shard(
     out: Store,
     dataset_fingerprint: str,
     shard: int,
-    decoded: Iterable[Decoded],
+    rows: Sequence[dict[str, Any]],
+    pieces: Iterable[Piece],
     encode: Encode,
     settings: TokenizeSettings,
 ) -> Written:
-    """Encode the clips of one shard and commit their tokens.
+    """Encode the clips of one shard and commit their tokens, a sample for each view of each clip.
 
     Args:
-        decoded: `decode_clip` of each row of the clip shard, in the order of its index.
+        rows: of the clip shard, in the order of its index.
+        pieces: what `decode_clips` makes of these rows.
+
+    Raises:
+        ValueError: the pieces are not those of all rows; nothing was committed.
+        DatasetError: the encoder lost frames; likewise.
     """
-    parent, rows = read_shard_info(clips, shard), read_shard_rows(clips, shard)
+    parent, views = read_shard_info(clips, shard), settings.all_views()
     assert parent is not None
     writer = ShardWriter(out, "tokens", dataset_fingerprint, shard)
     rejects: list[Reject] = []
-
-    def frames_of_good_clips() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        for row, outcome in zip(rows, decoded, strict=True):
-            if isinstance(outcome, Reject):
-                rejects.append(outcome)
-            else:
-                yield row, outcome
-
     try:
-        for row, codes in encode_clips(frames_of_good_clips(), encode, settings.batch_frames):
-            member, header_bytes = _npy(codes)
-            writer.add(_token_row(row, codes, settings), "tokens.npy", member, header_bytes)
-        read_bytes = sum(row["size"] for row in rows)
-        return Written(writer.commit(len(rows), rejects, parent_content=parent.content), read_bytes)
+        shown = (_show(piece, views) for piece in pieces)
+        for row, encoded in zip(rows, encode_pieces(shown, encode, settings.batch_frames), strict=True):
+            if isinstance(encoded, Reject):
+                rejects += [replace(encoded, key=view.key(encoded.key)) for view in views]
+                continue
+            for view, codes in zip(views, encoded, strict=True):
+                member, header_bytes = _npy(codes)
+                writer.add(_token_row(row, view, codes, settings), "tokens.npy", member, header_bytes)
+        info = writer.commit(len(rows) * len(views), rejects, parent_content=parent.content)
+        return Written(info, sum(row["size"] for row in rows))
     finally:
         writer.abort()
 
 
-def encode_clips(
-    clips: Iterable[tuple[dict[str, Any], np.ndarray]], encode: Encode, batch_frames: int
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Codes (t h w) of each clip, in order; frames of many clips share a batch.
-
-    Every batch has exactly `batch_frames` frames (the last one is padded), so the kernels, and with them the rounding
-    and the codes, do not depend on how far a broken-off run came.
-    """
-    waiting: list[tuple[dict[str, Any], int]] = []  # clips whose codes are not complete, with their frame counts
-    codes: list[np.ndarray] = []  # codes that no finished clip has taken yet
-    frames: list[np.ndarray] = []  # frames that no batch has taken yet
-
-    def drain() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        nonlocal codes
-        ready = np.concatenate(codes) if codes else np.empty((0,))
-        start = 0
-        while waiting and start + waiting[0][1] <= len(ready):
-            row, count = waiting.pop(0)
-            yield row, ready[start : start + count]
-            start += count
-        codes = [ready[start:]] if start < len(ready) else []
-
-    for row, clip in clips:
-        waiting.append((row, len(clip)))
-        frames.append(clip)
-        while sum(map(len, frames)) >= batch_frames:
-            joined = np.concatenate(frames) if len(frames) > 1 else frames[0]  # a long clip is not copied per batch
-            codes.append(encode(joined[:batch_frames]))
-            frames = [joined[batch_frames:]]
-        yield from drain()
-    if rest := sum(map(len, frames)):
-        joined = np.concatenate(frames)
-        padding = np.repeat(joined[-1:], batch_frames - rest, axis=0)
-        codes.append(encode(np.concatenate([joined, padding]))[:rest])
-    yield from drain()
+def _show(piece: Piece, views: Sequence[View]) -> Piece:
+    """A piece with the crops of `views` as one with the views themselves; nothing is copied."""
+    if not piece.frames:
+        return piece
+    frames = dict(zip(crops_of(views), piece.frames, strict=True))
+    return piece._replace(frames=[frames[view.crop][:, :, ::-1] if view.flip else frames[view.crop] for view in views])
 
 
-def _token_row(row: dict[str, Any], codes: np.ndarray, settings: TokenizeSettings) -> dict[str, Any]:
-    same = ("key", "video_id", "source", "start_s", "end_s", "caption", "label", "split", "extra")
+def _token_row(row: dict[str, Any], view: View, codes: np.ndarray, settings: TokenizeSettings) -> dict[str, Any]:
+    same = ("video_id", "source", "start_s", "end_s", "caption", "label", "split", "extra")
     return {
+        "key": view.key(row["key"]),
+        "clip_key": row["key"],
+        "view": view.name,
         **{name: row[name] for name in (*same, *(f"score_{score}" for score in SCORES))},
         "num_frames": codes.shape[0],
         "height": codes.shape[1],

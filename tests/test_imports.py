@@ -89,7 +89,7 @@ def test_only_jobs_know_mlflow_and_the_command_line(module: str) -> None:
     assert not packages_of(module) & {"mlflow", "tyro"} or module.startswith("jobs.")
 
 
-@pytest.mark.parametrize("module", ["jobs.loop", "jobs.checkpoint", "jobs.journal"])
+@pytest.mark.parametrize("module", ["jobs.loop", "jobs.step", "jobs.checkpoint", "jobs.journal"])
 def test_the_loop_runs_without_ray_and_mlflow(module: str) -> None:
     """A bare GPU machine runs them, so nothing that they reach within our packages may need more."""
     for found in reachable(module):

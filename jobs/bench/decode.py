@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from jobs import cost
+from jobs.cost import DecodeSpeed, Measured
 from jobs.result import JobResult
 from pipeline.decode import FrameConfig, decode_frames
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.probe import probe
+from pipeline.probe import VideoInfo, probe
 from pipeline.scoring import SCALE_FLAGS
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,9 @@ class BenchDecodeConfig:
     """
 
     videos: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")] = None
-    """Folder of videos; without one, one of 480 lines in H.264 is made for each CPU."""
+    """Folder of videos; without one, H.264 videos of --lines are made, one for each CPU."""
+    lines: tuple[int, ...] = (480,)
+    """Heights of the videos that are made, in pixels."""
     tokenizer: Path | None = None
     """Folder of a tokenizer."""
     fps: float = 2.0
@@ -49,11 +54,25 @@ class BenchDecodeConfig:
     """Side of the square crop in pixels."""
     repeats: int = 5
     """Times that each means runs, after one that is not counted."""
+    save: Path | None = None
+    """File of measured speeds to write exact decoding's into, by resolution; `jobs/cost.py` predicts from it."""
 
     def __post_init__(self) -> None:
         FrameConfig(fps=self.fps, size_px=self.size_px)
         if self.repeats < 1:
             raise ConfigError(f"repeats = {self.repeats}: must be 1 or more")
+        if not self.lines or any(lines < 16 or lines % 2 for lines in self.lines):
+            raise ConfigError(f"lines = {self.lines}: must be even numbers of 16 px or more, at least one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Video:
+    path: Path
+    info: VideoInfo
+
+    @property
+    def short_side_px(self) -> int:
+        return min(self.info.width, self.info.height)
 
 
 def run(config: BenchDecodeConfig) -> JobResult:
@@ -62,26 +81,39 @@ def run(config: BenchDecodeConfig) -> JobResult:
     exact = FrameConfig(fps=config.fps, size_px=config.size_px)
     fast = replace(exact, decode="fast")
     with tempfile.TemporaryDirectory(prefix="tokenreel-bench-") as folder:
-        files = sorted(config.videos.iterdir()) if config.videos else _make_videos(Path(folder))
-        videos = [(path, duration_s) for path in files if (duration_s := _duration(path, exact)) is not None]
+        files = sorted(config.videos.iterdir()) if config.videos else _make_videos(Path(folder), config.lines)
+        videos = [video for path in files if (video := _open(path, exact)) is not None]
         if not videos:
             raise ConfigError(f"videos = {config.videos}: no file in it can be decoded; give a folder of videos")
-        means: dict[str, Callable[[tuple[Path, float]], Any]] = {
-            "bare": lambda video: _bare_ffmpeg(video[0], video[1], exact),
-            "exact": lambda video: len(_decode(video, exact)),
-            "fast": lambda video: len(_decode(video, fast)),
+        taken_s: dict[_Video, list[float]] = {video: [] for video in videos}
+
+        def decode_exact(video: _Video) -> None:
+            begun_s = time.perf_counter()
+            _decode(video, exact)
+            taken_s[video].append(time.perf_counter() - begun_s)
+
+        means: dict[str, Callable[[_Video], Any]] = {
+            "bare": lambda video: _bare_ffmpeg(video, exact),
+            "exact": decode_exact,
+            "fast": lambda video: _decode(video, fast),
         }
         times = _alternate(means, videos, config.repeats)
+        start_s = _measure_start(Path(folder), exact)
         figures = _compare(videos, exact, fast, config.tokenizer)
+    speeds = _speeds(taken_s, start_s)
+    if config.save is not None:
+        cost.save(config.save, Measured(decode={cost.cpu_name(): speeds}, start_s={cost.cpu_name(): start_s}))
     seconds = {name: statistics.median(values) for name, values in times.items()}
     result = {
         "videos": len(videos),
-        "video_s": round(sum(duration_s for _, duration_s in videos), 1),
+        "video_s": round(sum(video.info.duration_s for video in videos), 1),
         "unreadable": len(files) - len(videos),
         "parallel": _parallel(),
         **{f"{name}_s": round(value, 3) for name, value in seconds.items()},
         "exact_against_bare": _ratio(times["bare"], times["exact"]),
         "fast_speed_up": _ratio(times["exact"], times["fast"]),
+        "source_frames_per_s": {one.short_side_px: one.frames_per_s for one in speeds},
+        "start_s": start_s,
         **figures,
     }
     log.info("bench decode: %s", result)
@@ -100,9 +132,7 @@ def _parallel() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _alternate(
-    means: dict[str, Callable[[tuple[Path, float]], Any]], videos: list[tuple[Path, float]], repeats: int
-) -> dict[str, list[float]]:
+def _alternate(means: dict[str, Callable[[_Video], Any]], videos: list[_Video], repeats: int) -> dict[str, list[float]]:
     """Seconds that each means takes for all videos, `repeats` times, in turn, so that a slow minute meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in means}
     with ThreadPoolExecutor(_parallel()) as pool:
@@ -115,13 +145,38 @@ def _alternate(
     return times
 
 
+def _speeds(taken_s: dict[_Video, list[float]], start_s: float) -> list[DecodeSpeed]:
+    """Frames of the video a second of one CPU, by resolution, all CPUs being at work."""
+    frames, seconds = defaultdict[int, int](int), defaultdict[int, float](float)
+    for video, times in taken_s.items():
+        frames[video.short_side_px] += round(video.info.duration_s * video.info.fps)
+        # A short video may take no longer than its start.
+        seconds[video.short_side_px] += max(1e-3, statistics.median(times[1:]) - start_s)
+    return [
+        DecodeSpeed(short_side_px=side, frames_per_s=round(count / seconds[side], 1))
+        for side, count in sorted(frames.items())
+    ]
+
+
+def _measure_start(folder: Path, frames: FrameConfig) -> float:
+    """Seconds that a clip of two tiny frames takes."""
+    path = folder / "start.mp4"
+    words = ["ffmpeg", "-v", "error", "-nostdin", "-f", "lavfi", "-i", "testsrc2=size=32x32:rate=2:duration=1"]
+    subprocess.run([*words, "-c:v", "libx264", "-pix_fmt", "yuv420p", f"file:{path}"], check=True)
+    video, times = _open(path, frames), []
+    assert video is not None
+    for _ in range(5):
+        begun_s = time.perf_counter()
+        _decode(video, frames)
+        times.append(time.perf_counter() - begun_s)
+    return round(statistics.median(times), 4)
+
+
 def _ratio(times: list[float], by: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(times, by, strict=True)), 3)
 
 
-def _compare(
-    videos: list[tuple[Path, float]], exact: FrameConfig, fast: FrameConfig, tokenizer: Path | None
-) -> dict[str, float]:
+def _compare(videos: list[_Video], exact: FrameConfig, fast: FrameConfig, tokenizer: Path | None) -> dict[str, float]:
     """PSNR over all frames in dB, the share of frames that are equal, and the share of tokens that differ."""
     encode = _encoder(tokenizer) if tokenizer else None
     squares = values = equal = frames = changed = tokens = 0
@@ -161,38 +216,51 @@ def _encoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     return encode
 
 
-def _decode(video: tuple[Path, float], frames: FrameConfig) -> np.ndarray:
-    path, duration_s = video
-    with path.open("rb") as file:
-        return decode_frames(file, duration_s, frames, _LIMITS)
+def _decode(video: _Video, frames: FrameConfig) -> np.ndarray:
+    with video.path.open("rb") as file:
+        return decode_frames(file, video.info.duration_s, frames, _LIMITS)
 
 
-def _duration(path: Path, frames: FrameConfig) -> float | None:
+def _open(path: Path, frames: FrameConfig) -> _Video | None:
     try:
         with path.open("rb") as file:
-            duration_s = probe(file, _LIMITS).duration_s
-            decode_frames(file, duration_s, frames, _LIMITS)
-            return duration_s
+            video = _Video(path=path, info=probe(file, _LIMITS))
+        _decode(video, frames)
+        return video
     except (BadVideo, OSError) as error:
         log.warning("bench decode: %s is left out: %s", path.name, error)
         return None
 
 
-def _bare_ffmpeg(path: Path, duration_s: float, frames: FrameConfig) -> None:
+def _bare_ffmpeg(video: _Video, frames: FrameConfig) -> None:
     side = frames.size_px
-    at_end = "pass" if duration_s * frames.fps < 1 else "round"
+    at_end = "pass" if video.info.duration_s * frames.fps < 1 else "round"
     scale = f"scale={side}:{side}:force_original_aspect_ratio=increase:flags={SCALE_FLAGS}"
-    words = ["ffmpeg", "-v", "error", "-nostdin", "-y", "-threads", "1", "-filter_threads", "1", "-i", f"file:{path}"]
+    words = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-nostdin",
+        "-y",
+        "-threads",
+        "1",
+        "-filter_threads",
+        "1",
+        "-i",
+        f"file:{video.path}",
+    ]
     words += ["-map", "0:V:0", "-vf", f"fps={frames.fps}:eof_action={at_end},{scale},crop={side}:{side}"]
     done = subprocess.run([*words, "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"], check=True, capture_output=True)
     assert done.stdout
 
 
-def _make_videos(folder: Path) -> list[Path]:
-    """A moving pattern with a little noise, 854 x 480 at 24 fps, encoded as people do: x264, medium, crf 23."""
-    paths = [folder / f"{n}.mp4" for n in range(_parallel())]
-    for seed, path in zip(itertools.count(1), paths):
-        picture = f"testsrc2=size=854x480:rate=24:duration={_MADE_S},rotate=t/9,noise=alls=6:allf=t:all_seed={seed}"
+def _make_videos(folder: Path, all_lines: Sequence[int]) -> list[Path]:
+    """Moving patterns with a little noise, 16:9 at 24 fps, encoded as people do: x264, medium, crf 23."""
+    paths = []
+    for lines, seed in itertools.product(all_lines, range(1, _parallel() + 1)):
+        size = f"{round(lines * 8 / 9) * 2}x{lines}"
+        picture = f"testsrc2=size={size}:rate=24:duration={_MADE_S},rotate=t/9,noise=alls=6:allf=t:all_seed={seed}"
+        paths.append(folder / f"{lines}-{seed}.mp4")
         words = ["ffmpeg", "-v", "error", "-nostdin", "-f", "lavfi", "-i", picture, "-pix_fmt", "yuv420p"]
-        subprocess.run([*words, "-c:v", "libx264", "-crf", "23", f"file:{path}"], check=True)
+        subprocess.run([*words, "-c:v", "libx264", "-crf", "23", f"file:{paths[-1]}"], check=True)
     return paths

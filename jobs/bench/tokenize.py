@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from jobs import cost
+from jobs.cost import EncodeSpeed, Measured
 from models.tokenizers.base import Precision, Tokenizer, load_tokenizer
 from models.tokenizers.dvae import Dvae, DvaeConfig
 from models.tokenizers.vqvae import Vqvae, VqvaeConfig
@@ -58,6 +60,8 @@ class BenchTokenizeConfig:
     """Rounds, after one that only warms up."""
     published: bool = False
     """Time the published package DALL-E 0.1 too, with the same weights; only for a dVAE."""
+    save: Path | None = None
+    """File of measured speeds to write these into, by device; `jobs/cost.py` predicts from it."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "batch_frames", "repeats"):
@@ -86,7 +90,7 @@ def run(config: BenchTokenizeConfig) -> JobResult:
 
 
 def measure(config: BenchTokenizeConfig) -> dict[str, Any]:
-    """Device, and `table`: rows of tokenizer, size_px, precision, frames_per_s, times_fp32, codes_changed_share and, for
+    """Device, and `table`: rows of tokenizer, its config, size_px, precision, frames_per_s, times_fp32, codes_changed_share and, for
     weights that were given, psnr_db of the reconstructions and psnr_loss_db against those of fp32.
 
     Raises:
@@ -100,6 +104,7 @@ def measure(config: BenchTokenizeConfig) -> dict[str, Any]:
     if config.published and folder is not None and _load(folder, "", device, "fp32").kind != "dvae":
         raise ConfigError(f"published: the package encodes with a dVAE; {folder} holds another tokenizer")
     table: list[dict[str, Any]] = []
+    speeds: list[EncodeSpeed] = []
     for size_px in config.sizes_px:
         frames = _clip_frames(config.clips, size_px, config.num_frames) if config.clips else None
         if frames is None:
@@ -108,10 +113,15 @@ def measure(config: BenchTokenizeConfig) -> dict[str, Any]:
             for row in _measure_one(config, folder, kind, frames, device):
                 log.info("bench tokenize: %s", row)
                 table.append(row)
+                if row["precision"] != PUBLISHED:
+                    same = {name: row[name] for name in ("size_px", "precision", "frames_per_s")}
+                    speeds.append(EncodeSpeed(tokenizer=row["config"], num_threads=torch.get_num_threads(), **same))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cost.cpu_name()
+    if config.save is not None:
+        cost.save(config.save, Measured(encode={name: speeds}))
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability(),
+        "device": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "weights": "random" if folder is None else str(folder),
@@ -149,6 +159,7 @@ def _measure_one(
     for name, times in taken_s.items():
         row = {
             "tokenizer": exact.kind,
+            "config": repr(exact.config),
             "size_px": frames.shape[1],
             "precision": name,
             "frames_per_s": _round(len(frames) / statistics.median(times)),

@@ -64,6 +64,15 @@ def test_tokens_are_those_of_their_own_frames(stages: Stages) -> None:
         assert (codes == stored[: len(codes)]).mean() > 0.99  # another batch size may round a tie the other way
 
 
+def test_tokenize_says_what_it_made(stages: Stages) -> None:
+    figures = stages.results["tokenize"].figures
+    rows = read_index(stages.tokens).to_pylist()
+    assert figures["tokens"] == sum(row["num_frames"] * row["height"] * row["width"] for row in rows)
+    assert figures["code_bits"] == 6 and figures["bits_per_token"] > 16
+    assert 1 < figures["perplexity"] <= 64 and 0 < figures["codes_used_share"] <= 1
+    assert 0 <= figures["static_share"] <= 1 and 0 <= figures["encoder_wait_share"] < 1
+
+
 def test_verify_passes_on_fresh_datasets_and_fails_on_a_flipped_byte(stages: Stages, tmp_path: Path) -> None:
     import shutil
 

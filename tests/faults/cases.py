@@ -1,7 +1,10 @@
-"""What the fault runs shard: one small corpus, four ways to shard it, and how an unbroken run's dataset is compared."""
+"""What the fault runs shard and tokenize: one small corpus, four ways to shard it, two of their clip datasets to tokenize,
+and how an unbroken run's dataset is compared."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -27,6 +30,15 @@ MODES = {
     ),
 }
 """Name to the options of `tokenreel shard`."""
+_SMALL = ("--frames.fps", "4", "--frames.size-px", "32", "--batch-frames", "8")
+TOKEN_MODES = {
+    "tokens-of-copy": ("copy", _SMALL),
+    "tokens-of-transcode": ("transcode", (*_SMALL, "--keep.max-motion", "0.09")),
+}
+"""Name to the mode whose clips are tokenized, and the options of `tokenreel tokenize`: shards of one clip each, and shards of
+several that share batches, of which a threshold filters some."""
+STAGES = {"shard": tuple(MODES), "tokenize": tuple(TOKEN_MODES)}
+"""Name to its modes."""
 ALWAYS = ("--max-reject-fraction", "1")
 
 
@@ -60,9 +72,26 @@ def copy_piece(source: Path, target: Path, seconds: float) -> None:
     subprocess.run([*command, *flags, f"file:{target}"], check=True, timeout=60)
 
 
+def make_tokenizer(folder: Path) -> Path:
+    """A tokenizer that learned nothing but where its codes may lie: on what random blocks of colour give."""
+    import torch
+
+    from models.tokenizers.vqvae import Vqvae, VqvaeConfig
+
+    torch.manual_seed(0)
+    tokenizer = Vqvae(VqvaeConfig(channels=8, codebook_size=64)).train()
+    blocks = torch.randint(256, (64, 8, 8, 3), dtype=torch.uint8)
+    frames = blocks.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+    with torch.no_grad():
+        tokenizer.codebook(tokenizer.encoder(tokenizer.normalize(frames)))
+    assert len(tokenizer.eval().encode(frames).unique()) > 32  # else wrong frames would have right codes
+    tokenizer.save(folder)
+    return folder
+
+
 def files_of(out: Path) -> dict[str, bytes]:
     """All that a dataset consists of, by name; what the job keeps beside it (config, journal, MLflow) is not it."""
-    folders = [out / name for name in ("shards", "index", "rejects")]
+    folders = [out / name for name in ("shards", "index", "rejects", "tokenizer")]
     paths = [path for folder in folders if folder.exists() for path in folder.iterdir() if path.name[0] != "."]
     paths += [out / name for name in ("dataset.json", "plan.parquet")]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths if path.exists()}
@@ -99,22 +128,20 @@ def check_subset(out: Path, whole: dict[str, bytes]) -> int:
     return len(shards)
 
 
-def check_no_process_reads(folder: Path, within_s: float = 10.0) -> None:
-    """Assert that no ffmpeg has a file of `folder` open, or will not have soon."""
+def check_no_ffmpeg_left(within_s: float = 10.0) -> None:
+    """Assert that none of this session's commands and workers left an ffmpeg behind, or that it will be gone soon."""
     deadline = time.monotonic() + within_s
-    while left := _readers(folder):
+    while left := _our_ffmpegs():
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.1)
 
 
-def _readers(folder: Path) -> list[str]:
-    found = []
+def _our_ffmpegs() -> list[str]:
+    """By their environment: what they read may have no name, and who started them may be dead."""
+    found, ours = [], os.environ["MLFLOW_TRACKING_URI"]
     for process in psutil.process_iter(["name"]):
         if process.info["name"] in ("ffmpeg", "ffprobe"):
-            try:
-                files = [file.path for file in process.open_files()]
-                if any(Path(file).is_relative_to(folder) for file in files):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("MLFLOW_TRACKING_URI") == ours:
                     found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
     return found

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mlflow", "ray", "jobs.cli", "jobs.shard", "jobs.verify", "pipeline.stages"])
+_CONTEXT.set_forkserver_preload(
+    ["mlflow", "ray", "jobs.cli", "jobs.shard", "jobs.tokenize", "jobs.verify", "pipeline.stages"]
+)
 
 
 class Command:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import ALWAYS, MODES, files_of, make_corpus
+from tests.faults.cases import ALWAYS, MODES, TOKEN_MODES, files_of, make_corpus, make_tokenizer
 from tests.faults.command import run
 
-KINDS = {"driver": 56, "worker": 36, "raylet": 6, "head": 2}
-"""Of a hundred kill runs, how many kill what."""
-_QUICK = {"driver": 1, "worker": 1, "raylet": 0, "head": 0}  # those two need clusters of their own: make faults
+KINDS = {
+    ("shard", "driver"): 56,
+    ("shard", "worker"): 36,
+    ("shard", "raylet"): 6,
+    ("shard", "head"): 2,
+    ("tokenize", "driver"): 30,
+    ("tokenize", "encoder"): 30,
+    ("tokenize", "decoder"): 30,
+    ("tokenize", "raylet"): 10,
+}
+"""Of a hundred kill runs of a stage, how many kill what."""
+_QUICK = {("shard", "driver"): 1, ("shard", "worker"): 1, ("tokenize", "decoder"): 1}  # the rest: make faults
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,10 +31,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         numbers = {kind: -(-share * runs // 100) for kind, share in KINDS.items()} if runs else _QUICK
         # Spread over the runs, so that the first half of them is half of each kind.
         spread = sorted(
-            ((number + 0.5) / numbers[kind], kind, number) for kind in KINDS for number in range(numbers[kind])
+            ((number + 0.5) / count, kind, number) for kind, count in numbers.items() for number in range(count)
         )
-        cases = [(kind, first + number) for _, kind, number in spread]
-        metafunc.parametrize("kill", cases, ids=[f"{kind}-seed{seed}" for kind, seed in cases])
+        cases = [(*kind, first + number) for _, kind, number in spread]
+        metafunc.parametrize("kill", cases, ids=[f"{stage}-{kind}-seed{seed}" for stage, kind, seed in cases])
     if "damaged" in metafunc.fixturenames:
         number = 125 if runs else 10  # of videos at a time; of a hundred runs' 2,000, a quarter is sharded in each mode
         starts = range(first, first + max(1, 5 * runs), number)
@@ -41,22 +51,37 @@ def fault_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Unbroken:
-    """What runs without a fault leave, by mode; each is made when it is first asked for."""
+    """What runs without a fault leave, by mode; each is made when it is first asked for.
 
-    def __init__(self, corpus: Path, folder: Path, address: str) -> None:
-        self._corpus, self._folder, self._address = corpus, folder, address
-        self._files: dict[str, dict[str, bytes]] = {}
+    Each dataset lies in a folder of its own beside those of the tests, as tokens say by a relative path where their clips are.
+    """
+
+    def __init__(self, corpus: Path, make_folder: Callable[[str], Path], address: str) -> None:
+        self._corpus, self._make_folder, self._address = corpus, make_folder, address
+        self._folders: dict[str, Path] = {}
+        self._tokenizer: Path | None = None
 
     def __getitem__(self, mode: str) -> dict[str, bytes]:
-        if mode not in self._files:
-            out = self._folder / mode
-            words = ("shard", self._corpus, out, *MODES[mode], *ALWAYS)
-            result = run(*words, cwd=self._folder / f"{mode}-logs", address=self._address)
-            assert result["committed"] > 5 and result["rejected"] == 3
-            self._files[mode] = files_of(out)
-        return self._files[mode]
+        return files_of(self._folder(mode))
+
+    def words(self, mode: str, out: Path) -> tuple[object, ...]:
+        """The command that makes the dataset of a mode at `out`."""
+        if mode in MODES:
+            return ("shard", self._corpus, out, *MODES[mode], *ALWAYS)
+        clips, options = TOKEN_MODES[mode]
+        if self._tokenizer is None:
+            self._tokenizer = make_tokenizer(self._make_folder("tokenizer"))
+        return ("tokenize", self._folder(clips), out, "--tokenizer", self._tokenizer, *options, *ALWAYS)
+
+    def _folder(self, mode: str) -> Path:
+        if mode not in self._folders:
+            folder = self._make_folder(mode)
+            result = run(*self.words(mode, folder / "out"), cwd=folder / "logs", address=self._address)
+            assert result["committed"] > 5 and result["rejected"] == (3 if mode in MODES else 0), result
+            self._folders[mode] = folder / "out"
+        return self._folders[mode]
 
 
 @pytest.fixture(scope="session")
 def unbroken(fault_corpus: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    return Unbroken(fault_corpus, tmp_path_factory.mktemp("unbroken"), cluster)
+    return Unbroken(fault_corpus, tmp_path_factory.mktemp, cluster)

@@ -22,6 +22,8 @@ POINTS = {
     "planning": ".plan/plan.parquet",
     "created": "dataset.json",
     "planned": "plan.parquet",
+    "copying the tokenizer": "tokenizer/.*.tmp",
+    "tokenizer there": "tokenizer/model.safetensors",
     "writing a tar": "shards/.*.tmp",
     "tar without index": "shards/??????.tar",
     "writing an index": "index/.*.tmp",
@@ -29,6 +31,13 @@ POINTS = {
     "finishing": ".dataset.json.*.tmp",
 }
 """Name to the file whose appearing is the point; globs over paths in the dataset."""
+SHARD_POINTS = ("writing a tar", "tar without index", "writing an index", "index there")
+"""Those in the life of one shard."""
+DRIVER_POINTS = {
+    "shard": ("planning", "created", "planned", *SHARD_POINTS, "finishing"),
+    "tokenize": ("created", "copying the tokenizer", "tokenizer there", *SHARD_POINTS, "finishing"),
+}
+"""Stage to the points in the life of its job, the first one first."""
 
 
 class Watch:

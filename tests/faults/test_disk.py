@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import ALWAYS, MODES, check_no_process_reads, check_same, check_subset
+from tests.faults.cases import MODES, check_no_ffmpeg_left, check_same, check_subset
 from tests.faults.command import Command, run
 from tests.faults.conftest import Unbroken
 from tests.faults.points import Watch
@@ -30,9 +30,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     _call("umount", "--lazy", folder)
 
 
-def test_a_full_disk(
-    seed: int, unbroken: Unbroken, fault_corpus: Path, cluster: str, disk: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk(seed: int, unbroken: Unbroken, cluster: str, disk: Path, tmp_path: Path) -> None:
     draw = random.Random(f"disk {seed}")
     mode = draw.choice(list(MODES))
     whole = unbroken[mode]
@@ -40,11 +38,11 @@ def test_a_full_disk(
     room = draw.randrange(8, pages)
     print(f"full disk, {mode}, seed {seed}: {room} pages for {pages}")
     assert not _call("mount", "-o", f"remount,size={room * 4096}", disk)
-    words = ("shard", fault_corpus, disk / "out", *MODES[mode], *ALWAYS)
+    words = unbroken.words(mode, disk / "out")
     result = run(*words, cwd=tmp_path, address=cluster, expect=1)
     assert "No space left on device" in result["error"], result["error"]
     assert str(disk) in result["error"], result["error"]
-    check_no_process_reads(fault_corpus)
+    check_no_ffmpeg_left()
     print(f"full disk, seed {seed}: {check_subset(disk / 'out', whole)} shards counted then; {result['error']}")
     assert not _call("mount", "-o", "remount,size=64m", disk)
     run(*words, cwd=tmp_path, address=cluster)
@@ -52,9 +50,7 @@ def test_a_full_disk(
 
 
 @pytest.mark.parametrize("loss", ["read-only", "permission"])
-def test_a_disk_that_takes_no_more(
-    loss: str, seed: int, unbroken: Unbroken, fault_corpus: Path, cluster: str, tmp_path: Path
-) -> None:
+def test_a_disk_that_takes_no_more(loss: str, seed: int, unbroken: Unbroken, cluster: str, tmp_path: Path) -> None:
     draw = random.Random(f"{loss} {seed}")
     mode = draw.choice(list(MODES))
     whole = unbroken[mode]
@@ -62,7 +58,7 @@ def test_a_disk_that_takes_no_more(
     folder = out / draw.choice(["shards", "index"])
     point, count = draw.choice(["writing a tar", "tar without index", "index there"]), draw.randint(1, 2)
     print(f"{loss}, {mode}, seed {seed}: {folder.name}/ at {point} {count}")
-    words = ("shard", fault_corpus, out, *MODES[mode], *ALWAYS)
+    words = unbroken.words(mode, out)
     with Watch(out) as watch:
         command = Command(*words, cwd=tmp_path, address=cluster)
         assert watch.wait(point, count, lambda: command.is_running) is not None, command.said
@@ -72,7 +68,7 @@ def test_a_disk_that_takes_no_more(
     word = {"read-only": "Read-only file system", "permission": "Operation not permitted"}[loss]
     assert word in result["error"] and str(folder) in result["error"], result["error"]
     print(f"{loss}, seed {seed}: {left} shards counted then; {result['error']}")
-    check_no_process_reads(fault_corpus)
+    check_no_ffmpeg_left()
     run(*words, cwd=tmp_path, address=cluster)
     check_same(out, whole)
 

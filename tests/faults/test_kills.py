@@ -1,5 +1,5 @@
-"""kill -9 of the driver, of a worker that holds a shard, of a node's raylet and of the head, at seeded points; then the
-same command again. The dataset is the unbroken run's, byte for byte."""
+"""kill -9 of the driver, of a worker at work (one that holds a shard; an encoder, a decoder), of a node's raylet and of the
+head, at seeded points; then the same command again. The dataset is the unbroken run's, byte for byte."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.cases import ALWAYS, MODES, check_no_process_reads, check_same, check_subset
+from tests.faults.cases import STAGES, check_no_ffmpeg_left, check_same, check_subset
 from tests.faults.command import Command, run
 from tests.faults.conftest import Unbroken
-from tests.faults.points import POINTS, Watch
+from tests.faults.points import DRIVER_POINTS, SHARD_POINTS, Watch
 
-_WORKERS_POINTS = ("writing a tar", "tar without index", "writing an index", "index there")
+_TITLES = {"worker": "_shard_task", "encoder": "_Encoder", "decoder": "_decode_task"}
+"""Kind to what Ray calls the processes of its workers while they are at that."""
+_LONGEST_WAIT_S = {"shard": (8.0, 8.0), "tokenize": (6.0, 1.0)}
+"""Stage to how long a random time is at most: the driver's from the job's first point on, and others' from the first tar on."""
 
 
 class Nodes:
@@ -75,25 +78,36 @@ class Nodes:
             self._cluster = self._worker = None
 
 
-def _kill_a_holder(out: Path, draw: random.Random, command: Command) -> bool:
-    """Kill a Ray worker that has a shard of `out` in the making; False where the last one is done."""
+def _kill_a_worker(kind: str, out: Path, draw: random.Random, command: Command) -> bool:
+    """Kill a worker that is at it: a decoder, or who has a shard of `out` in the making; False where all is done.
+
+    It is stopped before it is looked at, so that it is killed in the state in which it was seen.
+    """
     while command.is_running:
-        for task in draw.sample(tasks := _tasks(), len(tasks)):
+        for worker in draw.sample(workers := _workers(kind), len(workers)):
             with contextlib.suppress(psutil.Error):
-                if any(Path(file.path).is_relative_to(out / "shards") for file in task.open_files()):
-                    task.kill()
+                worker.suspend()
+                if _is_at_work(worker, kind, out):
+                    worker.kill()
                     return True
+                worker.resume()
         time.sleep(0.005)
     return False
 
 
-def _tasks() -> list[psutil.Process]:
-    """Ray's workers of this session that are at a shard; not what they have just forked to become ffmpeg."""
+def _is_at_work(worker: psutil.Process, kind: str, out: Path) -> bool:
+    if kind == "decoder":
+        return _TITLES[kind] in " ".join(worker.cmdline())
+    return any(Path(file.path).is_relative_to(out / "shards") for file in worker.open_files())
+
+
+def _workers(kind: str) -> list[psutil.Process]:
+    """Ray's workers of this session that are at such work; not what they have just forked to become ffmpeg."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             parent = process.parent()
-            if "_shard_task" in " ".join(process.cmdline()) and parent is not None and parent.name() == "raylet":
+            if _TITLES[kind] in " ".join(process.cmdline()) and parent is not None and parent.name() == "raylet":
                 found.append(process)
     return found
 
@@ -113,27 +127,28 @@ def nodes() -> Iterator[Nodes]:
 
 
 def test_the_dataset_is_the_unbroken_runs(
-    kill: tuple[str, int], unbroken: Unbroken, fault_corpus: Path, cluster: str, nodes: Nodes, tmp_path: Path
+    kill: tuple[str, str, int], unbroken: Unbroken, cluster: str, nodes: Nodes, tmp_path: Path
 ) -> None:
-    kind, seed = kill
-    draw = random.Random(f"{kind} {seed}")
-    mode = draw.choice(list(MODES))
+    stage, kind, seed = kill
+    draw = random.Random(f"{stage} {kind} {seed}")
+    mode = draw.choice(STAGES[stage])
     whole = unbroken[mode]
     num_shards = sum(name.startswith("shards/") for name in whole)
-    point = draw.choice([*(POINTS if kind == "driver" else _WORKERS_POINTS), "time"])
-    count = draw.randint(1, num_shards - 1) if point in _WORKERS_POINTS else 2 if point == "finishing" else 1
-    delay_s = draw.uniform(0, 8) if point == "time" else draw.choice([0, 0, draw.uniform(0, 0.05)])
+    point = draw.choice([*(DRIVER_POINTS[stage] if kind == "driver" else SHARD_POINTS), "time"])
+    count = draw.randint(1, num_shards - 1) if point in SHARD_POINTS else 2 if point == "finishing" else 1
+    longest_s = _LONGEST_WAIT_S[stage][kind != "driver"]
+    delay_s = draw.uniform(0, longest_s) if point == "time" else draw.choice([0, 0, draw.uniform(0, 0.05)])
     print(f"{kind}, {mode}, seed {seed}: {point} {count}, and {delay_s:.3f} s more")
 
     address = nodes.ready() if kind in ("raylet", "head") else cluster
     out = tmp_path / "out"
-    words = ("shard", fault_corpus, out, *MODES[mode], *ALWAYS)
+    words = unbroken.words(mode, out)
     with Watch(out) as watch:
         # Ray's own patience with a lost head is a minute.
         env = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"} if kind == "head" else {}
         command = Command(*words, cwd=tmp_path, address=address, env=env)
         seen = watch.wait(
-            "writing a tar" if point == "time" and kind != "driver" else "planning" if point == "time" else point,
+            point if point != "time" else DRIVER_POINTS[stage][0] if kind == "driver" else "writing a tar",
             count,
             lambda: command.is_running,
         )
@@ -147,13 +162,13 @@ def test_the_dataset_is_the_unbroken_runs(
         elif kind == "head":
             nodes.kill_head()
         else:
-            was_running = _kill_a_holder(out, draw, command)
+            was_running = _kill_a_worker(kind, out, draw, command)
     left = check_subset(out, whole)
     late = "" if was_running else ", too late: the job was done"
     print(f"{kind}, seed {seed}: {left} of {num_shards} shards counted then{late}")
 
-    if kind == "worker":
-        command.end()  # Ray does the shard again; nobody has to run the job again
+    if kind in _TITLES:
+        command.end()  # Ray does its work again; nobody has to run the job again
     elif kind == "raylet":
         nodes.replace_worker()
         command.end()
@@ -166,7 +181,7 @@ def test_the_dataset_is_the_unbroken_runs(
     check_same(out, whole)
     leftovers = [str(path) for path in out.rglob(".*") if path.name != ".lock"]
     assert not leftovers, leftovers
-    check_no_process_reads(fault_corpus)
+    check_no_ffmpeg_left()
 
 
 def _check_head_loss(command: Command) -> None:

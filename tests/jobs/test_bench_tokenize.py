@@ -15,6 +15,7 @@ import torch
 
 from jobs.bench import tokenize
 from jobs.bench.tokenize import BenchTokenizeConfig, run, zoom_frames
+from jobs.cost import Measured
 from models.tokenizers.base import load_tokenizer
 from models.tokenizers.dvae import Dvae, DvaeConfig
 from models.tokenizers.vqvae import Vqvae, VqvaeConfig
@@ -38,7 +39,13 @@ def save_vqvae(folder: Path) -> Path:
 def test_table_of_a_tokenizer(tmp_path: Path) -> None:
     save_vqvae(tmp_path / "run" / "model")
     config = BenchTokenizeConfig(
-        tokenizer=tmp_path / "run", sizes_px=(64, 128), precisions=("bf16",), num_frames=6, batch_frames=4, repeats=1
+        tokenizer=tmp_path / "run",
+        sizes_px=(64, 128),
+        precisions=("bf16",),
+        num_frames=6,
+        batch_frames=4,
+        repeats=1,
+        save=tmp_path / "speeds.json",
     )
     result = run(config)
     assert result.status == "done" and '"table"' in result.to_json()
@@ -53,6 +60,9 @@ def test_table_of_a_tokenizer(tmp_path: Path) -> None:
         frames = zoom_frames(6, size_px)
         error = (tokenizer.decode(tokenizer.encode(frames)).double() - frames.double()).square().mean()
         assert row["psnr_db"] == pytest.approx(10 * math.log10(255**2 / error), abs=2e-3)
+    saved = Measured.load(tmp_path / "speeds.json").encode[result.figures["device"]]
+    assert [(one.size_px, one.precision) for one in saved] == sorted(rows, key=lambda row: (row[0], row[1]))
+    assert {one.frames_per_s for one in saved} == {row["frames_per_s"] for row in rows.values()}
     assert rows[64, "fp32"]["frames_per_s"] > rows[128, "fp32"]["frames_per_s"]
 
 

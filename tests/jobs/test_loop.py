@@ -92,7 +92,7 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path: Path) -> None:
 def test_what_a_step_reports(tmp_path: Path) -> None:
     row = run_loop(tmp_path)[-1]
     assert row["loss"] == row["loss_square"] == pytest.approx(row["twice"] / 2)
-    assert {"lr", "grad_norm", "step_s", "data_wait_share", "samples_per_s"} <= row.keys()
+    assert {"lr", "grad_norm", "step_s", "data_wait_share", "samples_per_s", "peak_memory_bytes"} <= row.keys()
 
 
 def test_checkpoints_are_saved_as_often_and_kept_as_many_as_told(tmp_path: Path) -> None:
@@ -213,8 +213,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"save_every_steps": 0}, {"keep_checkpoints": 0}, {"picture_every_steps": -1}]
+    "wrong",
+    [
+        *({"steps": 0}, {"save_every_steps": 0}, {"keep_checkpoints": 0}, {"picture_every_steps": -1}),
+        *({"micro_batch": 0}, {"fetch_every_steps": 0}, {"peak_tflops": 0.0}, {"ema_decay": 1.0}),
+        *({"parallel": "tp"}, {"compile": "yes"}),
+    ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, int]) -> None:
+def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LoopConfig(**wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,3 +84,9 @@ def test_perceptual_loss_reaches_the_workers(config: TrainTokenizerConfig, tmp_p
     frames = replace(asked.loader, frames=FrameConfig(size_px=40))
     with pytest.raises(ConfigError, match=r"patch of 16 px does not divide loader\.frames\.size_px = 40"):
         run(replace(asked, loader=frames, perceptual=tmp_path / "coarse"))
+
+
+@pytest.mark.parametrize("setting", [{"recompute": True}, {"compile": "on"}, {"parallel": "fsdp"}])
+def test_what_works_on_repeated_layers_is_refused(setting: dict[str, Any], config: TrainTokenizerConfig) -> None:
+    with pytest.raises(ConfigError, match="a VQ-VAE has no repeated layers"):
+        replace(config, loop=replace(config.loop, **setting))

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.layers import LineAttention, Lines, attend_lines
+from models.layers import LineAttention, Lines, attend, attend_lines
 
 SHAPE = (3, 2, 4)
 AXES = {"t": (0,), "h": (1,), "w": (2,), "hw": (1, 2), "thw": (0, 1, 2)}
@@ -67,7 +68,26 @@ def test_parallel_lines_are_two_half_attentions() -> None:
     cls = torch.cat([cls for cls, _ in halves], -2).flatten(1)
     tokens = torch.cat([tokens for _, tokens in halves], -2).reshape(2, 24, 12)
     expected = attention.out(torch.cat([cls[:, None], tokens], 1))
-    torch.testing.assert_close(attention(x, pad), expected)
+    torch.testing.assert_close(attention(x, SHAPE, pad), expected)
+    torch.testing.assert_close(attention(x, SHAPE, None), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_lines_written_out_are_the_attention_of_torch(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 5, 2, 17, 8, generator=generator).bfloat16()
+    allowed = torch.rand(5, 1, 1, 17, generator=generator) < 0.5 if masked else None
+    if allowed is not None:
+        allowed[..., 0] = True
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=allowed)
+    torch.testing.assert_close(attend(q, k, v, allowed, 0.0).float(), expected, rtol=0.02, atol=0.02)
+    q, k, v = q.float(), k.float(), v.float()
+    torch.testing.assert_close(attend(q, k, v, allowed, 1e-12), expected)
+    # Dropout keeps the mean: over many draws it is what it is without.
+    torch.manual_seed(0)
+    draws = torch.stack([attend(q, k, v, allowed, 0.3) for _ in range(2000)])
+    torch.testing.assert_close(draws.mean(0), expected, rtol=0, atol=0.06)
+    assert draws.std(0).mean() > 0.1
 
 
 def test_heads_must_split() -> None:

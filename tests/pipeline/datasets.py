@@ -50,6 +50,8 @@ def make_row(key: str, num_frames: int = 3, **changes: Any) -> dict[str, Any]:
         "split": "train",
         "extra": None,
         **{f"score_{name}": None for name in SCORES},
+        "clip_key": key,
+        "view": "",
         "clip_sha256": "c" * 64,
     }
     return {**row, **changes}

@@ -148,6 +148,14 @@ class TestResume:
         folder = tmp_path / "new" / "d"
         assert create_or_resume(folder, describe()) == create_or_resume(folder, describe()) == read_meta(folder)
 
+    def test_what_a_killed_job_was_writing_goes(self, folder: Path) -> None:
+        before = sorted(folder.rglob("*"))
+        for part in ("", "shards", "index", "rejects", "tokenizer"):
+            (folder / part).mkdir(exist_ok=True)
+            (folder / part / ".000001.tar.1-2f.tmp").write_bytes(b"half")
+        create_or_resume(folder, describe(num_shards=2))
+        assert sorted(folder.rglob("*")) == sorted([*before, folder / "tokenizer"])
+
     def test_finished(self, folder: Path) -> None:
         assert create_or_resume(folder, describe(num_shards=2)).totals is not None
 

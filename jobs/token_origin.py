@@ -1,0 +1,60 @@
+"""What a token dataset was made from: its settings, its tokenizer, and the frames of its clips."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.config import from_plain
+from models.tokenizers.base import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.dataset import DatasetMeta
+from pipeline.schema import Reject
+from pipeline.shards import read_shard_rows
+from pipeline.storage import Store
+from pipeline.tokenizing import TokenizeSettings, decode_clip
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a token dataset keeps a copy of its tokenizer, so that its tokens can be shown without anything else."""
+
+
+def settings_of(meta: DatasetMeta) -> TokenizeSettings:
+    """The settings that are part of a token dataset's identity; limits, which are not, have their defaults."""
+    plain = {name: value for name, value in meta.config.items() if name != "tokenizer"}
+    return from_plain(plain, TokenizeSettings, "dataset.json")
+
+
+@contextlib.contextmanager
+def kept_tokenizer(store: Store) -> Iterator[Path]:
+    """A local folder with the tokenizer that a token dataset keeps, for the body.
+
+    Raises:
+        FileNotFoundError: it keeps none.
+    """
+    if store.is_local:
+        yield store.path(TOKENIZER_FOLDER)
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenreel-") as folder:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            Path(folder, name).write_bytes(store.read(f"{TOKENIZER_FOLDER}/{name}"))
+        yield Path(folder)
+
+
+def original_frames(clips: Store, meta: DatasetMeta, row: Mapping[str, Any]) -> np.ndarray | Reject:
+    """All frames of one sample, uint8 (t h w c), as tokenizing saw them, or why they cannot be decoded.
+
+    Args:
+        clips: see `pipeline.dataset.find_parent`.
+        meta: of the token dataset.
+        row: index row of the sample, with its `shard`.
+    """
+    settings = settings_of(meta)
+    # A token shard is made of the clip shard of the same number, and names each clip by its payload.
+    for clip in read_shard_rows(clips, row["shard"]):
+        if clip["sha256"] == row["clip_sha256"]:
+            return decode_clip(clips, clip, settings, settings.view(row["view"]))
+    return Reject(path=row["source"], key=row["key"], stage="tokenize", reject_class="corrupt", reason="no such clip")
