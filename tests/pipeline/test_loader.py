@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import loader as loader_module
+from pipeline import shard_files as shard_files_module
 from pipeline.dataset import create_or_resume, shard_path
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader import LoaderConfig, TokenLoader, WindowReader
@@ -254,7 +254,7 @@ class TestWindowReader:
         folder = make_token_dataset(tmp_path / "many", [[2]] * 12)
         everything = np.arange(12)
         expected = WindowReader(folder, "all", (2, *GRID), PAD).read(everything, everything * 0)
-        monkeypatch.setattr(loader_module, "_MAX_OPEN_SHARDS", 3)
+        monkeypatch.setattr(shard_files_module, "_MAX_OPEN_SHARDS", 3)
         reader = WindowReader(folder, "all", (2, *GRID), PAD)
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         for _ in range(2):
