@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,8 @@ from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
-from models.tokenizers.base import Precision, load_tokenizer
-from pipeline.dataset import committed_shards, read_index, read_meta
+from models.tokenizers.base import Precision, Tokenizer, load_tokenizer
+from pipeline.dataset import Place, committed_shards, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.quality import keep_mask
 from pipeline.schema import SCORES
@@ -118,6 +119,23 @@ def find_tokenizer(folder: Path) -> Path:
     raise ConfigError(
         f"--tokenizer {folder}: no tokenizer there; give the folder that `tokenreel train-tokenizer` or `tokenreel import-dvae` wrote"
     )
+
+
+def load_dataset_tokenizer(place: Place, device: torch.device) -> Tokenizer:
+    """The tokenizer that made a token dataset, from the copy that stands in it."""
+    store = Store.at(place)
+    if store.is_local:
+        return load_tokenizer(store.path(TOKENIZER_FOLDER), device)
+    return load_tokenizer(_fetch_tokenizer(store).name, device)
+
+
+@functools.cache
+def _fetch_tokenizer(store: Store) -> tempfile.TemporaryDirectory[str]:
+    """The tokenizer's files of a remote dataset; once a process, and gone with it."""
+    folder = tempfile.TemporaryDirectory(prefix="tokenreel-tokenizer-")
+    for entry in store.list(TOKENIZER_FOLDER):
+        (Path(folder.name) / Path(entry.name).name).write_bytes(store.read(entry.name))
+    return folder
 
 
 def _place_encoders(wanted: int) -> tuple[int, dict[str, float]]:

@@ -210,9 +210,7 @@ class WindowReader:
             columns=["split", *(f"score_{name[4:]}" for name in thresholds)],
         )
         if set(self._index.grids) - {window[1:]}:
-            raise ConfigError(
-                f"{place} holds grids of {list(self._index.grids)} tokens; the model takes {window[1:]}"
-            )
+            raise ConfigError(f"{place} holds grids of {list(self._index.grids)} tokens; the model takes {window[1:]}")
         self.files = open_shard_files(self._store, meta, self._index, node_cache, shards_together)
 
     def __len__(self) -> int:

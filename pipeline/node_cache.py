@@ -52,9 +52,13 @@ class NodeCache:
             (folder / ".locks").mkdir(parents=True, exist_ok=True, mode=0o700)
             owner = folder.stat().st_uid
         except OSError as error:
-            raise ConfigError(f"loader.cache.folder = {folder}: cannot be made ({error.strerror}); choose another") from error
+            raise ConfigError(
+                f"loader.cache.folder = {folder}: cannot be made ({error.strerror}); choose another"
+            ) from error
         if owner != os.geteuid():
-            raise ConfigError(f"loader.cache.folder = {folder}: belongs to user {owner}, who is not this one; choose another")
+            raise ConfigError(
+                f"loader.cache.folder = {folder}: belongs to user {owner}, who is not this one; choose another"
+            )
 
     def open(
         self, name: str, size_bytes: int, make: Make, *, timeout_s: float = 0.0, spared: Collection[str] = ()

@@ -33,7 +33,9 @@ class GlobalOrder:
     """
 
     def __init__(self, shards: np.ndarray, seed: int, fingerprint: str, shards_per_block: int) -> None:
-        starts = np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1]) if len(shards) else np.zeros(1, int)
+        starts = (
+            np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1]) if len(shards) else np.zeros(1, int)
+        )
         self._numbers = shards[starts] if len(shards) else np.zeros(0, int)
         self._bounds = np.append(starts, len(shards))
         self._shards_per_block = shards_per_block

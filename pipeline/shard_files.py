@@ -144,7 +144,9 @@ def fetch_shard(store: RemoteStore, shard: IndexedShard, file: IO[bytes]) -> Non
     info, rows = read_shard_columns(store, shard.number, ["key", "offset", "size", "sha256"])
     where = store.where(shard_name(shard.number))
     if info.content != shard.content:
-        raise DatasetError(f"{where}: the dataset was changed while it is being read; start again with the same command")
+        raise DatasetError(
+            f"{where}: the dataset was changed while it is being read; start again with the same command"
+        )
     trouble = ""
     for attempt in range(1, _ATTEMPTS + 1):
         store.fetch(shard_name(shard.number), file, None)

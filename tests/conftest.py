@@ -146,7 +146,7 @@ def small_pretrain_config(tokens: Path, out: Path):
     recipe = debug()
     return replace(
         recipe,
-        tokens=tokens,
+        tokens=str(tokens),
         out=out,
         backbone=replace(
             recipe.backbone,
