@@ -64,6 +64,9 @@ _JOBS = {
     "bench decode": _Job(
         module="jobs.bench.decode", config="BenchDecodeConfig", summary="decoding against bare ffmpeg, exact and fast"
     ),
+    "bench loader": _Job(
+        module="jobs.bench.loader", config="BenchLoaderConfig", summary="clip pairs a second against other loaders"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
 
