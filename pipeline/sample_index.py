@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.dataset import DatasetMeta, digest_contents, listed_shards
 from pipeline.errors import DatasetError
@@ -31,8 +32,9 @@ _MAX_KEY_BYTES = 48
 ROW = np.dtype([("key", f"S{_MAX_KEY_BYTES}"), ("offset", "<i8"), ("num_frames", "<i4"), ("shard", "<i4")])
 """A sample: its key, where its payload begins in the tar of its shard, its length. One cache line."""
 _COLUMNS = ("key", "offset", "num_frames", "height", "width")
-_READ_THREADS = 32
-_SHARDS_AT_A_TIME = 128
+_READ_THREADS = 8
+_REMOTE_READ_THREADS = 32
+_SHARDS_AT_A_TIME = 64
 _TAIL_BYTES = 8
 _ROOM_TIMEOUT_S = 60.0
 Select = Callable[[pa.Table], pa.Table]
@@ -109,7 +111,7 @@ def _build(file: IO[bytes], store: Store, meta: DatasetMeta, select: Select, col
     shards: list[IndexedShard] = []
     grids: set[tuple[int, int]] = set()
     numbers = listed_shards(store)
-    with ThreadPoolExecutor(_READ_THREADS, "index") as pool:
+    with ThreadPoolExecutor(_READ_THREADS if store.is_local else _REMOTE_READ_THREADS, "index") as pool:
         for first in range(0, len(numbers), _SHARDS_AT_A_TIME):
             part = numbers[first : first + _SHARDS_AT_A_TIME]
             read = list(pool.map(lambda shard: _read(store, meta, shard, columns), part))
@@ -156,10 +158,13 @@ def _read(store: Store, meta: DatasetMeta, shard: int, columns: list[str]) -> tu
 
 def _to_rows(store: Store, table: pa.Table) -> np.ndarray:
     rows = np.empty(len(table), ROW)
-    keys = np.array(table["key"].to_pylist(), np.bytes_)
-    if keys.itemsize > _MAX_KEY_BYTES:
-        raise DatasetError(f"{store}: a key of {keys.itemsize} bytes; at most {_MAX_KEY_BYTES} can be loaded")
-    rows["key"] = keys
+    if not len(table):
+        return rows
+    # Padded by Arrow to one width, and so an array: a Python string a sample would take most of the time.
+    keys = pa.concat_arrays(pc.utf8_rpad(table["key"], _MAX_KEY_BYTES, "\0").chunks)
+    if (longest := pc.max(pc.binary_length(keys)).as_py()) > _MAX_KEY_BYTES:
+        raise DatasetError(f"{store}: a key of {longest} bytes; at most {_MAX_KEY_BYTES}, in ASCII, can be loaded")
+    rows["key"] = np.frombuffer(keys.buffers()[2], f"S{_MAX_KEY_BYTES}", len(keys))
     for name in ("offset", "num_frames", "shard"):
         rows[name] = table[name].to_numpy()
     return rows

@@ -99,6 +99,28 @@ class TestBatches:
         assert torch.equal(one["tokens"], three["tokens"][:, :1])
         assert torch.equal(one["seeds"], three["seeds"][:, :1])
 
+    def test_distance_bounds_the_views(self, folder: Path) -> None:
+        """Sample 4 has 30 frames, so 27 starts: every difference up to the distance comes, and none beyond it."""
+        anywhere, near, same = (
+            open_loader(folder, batch_size=NUM_SAMPLES, num_views=3, distance=distance) for distance in (None, 3, 0)
+        )
+
+        def differences(loader: TokenLoader) -> set[int]:
+            batches = [loader.batch(step) for step in range(150)]
+            starts = [starts_of(b["tokens"])[b["keys"].index("00004")] for b in batches]
+            assert {start for views in starts for start in views} <= set(range(27))
+            return {other - first for first, *others in starts for other in others}
+
+        assert differences(near) == set(range(-3, 4)) and differences(same) == {0}
+        assert max(differences(anywhere)) > 20
+        one, other = anywhere.batch(0), near.batch(0)
+        assert torch.equal(one["tokens"][:, 0], other["tokens"][:, 0]), "the first view does not know of the distance"
+        assert torch.equal(one["seeds"], other["seeds"])
+
+    def test_a_distance_beyond_every_video_is_none(self, folder: Path) -> None:
+        for step in range(5):
+            assert equal(open_loader(folder).batch(step), open_loader(folder, distance=100).batch(step))
+
     def test_seeds_differ_per_view_epoch_and_sample(self, folder: Path) -> None:
         loader = open_loader(folder, batch_size=NUM_SAMPLES)
         seeds = torch.cat([loader.batch(step)["seeds"] for step in range(5)])
@@ -198,6 +220,10 @@ class TestConfig:
     def test_bad_values(self, name: str, value: int) -> None:
         with pytest.raises(ConfigError, match=f"{name} = {value}"):
             LoaderConfig(**{name: value})  # type: ignore[arg-type]
+
+    def test_bad_distance(self) -> None:
+        with pytest.raises(ConfigError, match="distance = -1: must be 0 frames or more"):
+            LoaderConfig(distance=-1)
 
     def test_what_does_not_fit(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="4 does not divide by the 3 workers"):

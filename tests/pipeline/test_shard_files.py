@@ -93,7 +93,7 @@ def test_the_bound_holds(server: ObjectServer, local: Path, tmp_path: Path) -> N
 
 
 def test_too_small_a_cache_is_refused(server: ObjectServer, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="max_bytes = 21000 is less than the 22016 bytes of .* largest 2 shards"):
+    with pytest.raises(ConfigError, match=r"max_bytes = 21000 is less than the 22016 bytes of .* largest 2 shards"):
         open_loader(server.url("bucket/tokens"), tmp_path / "cache", 21_000)
     assert len(open_loader(server.url("bucket/tokens"), tmp_path / "cache", 21_000, shards_per_block=1)) == 24
 
@@ -103,7 +103,7 @@ def test_shards_come_before_they_are_used_and_in_order(
 ) -> None:
     monkeypatch.setattr(shard_files, "_FETCH_THREADS", 1)
     loader = open_loader(server.url("bucket/tokens"), tmp_path / "cache", batch_size=1)
-    loader.batch(0)
+    loader._plan_reading(0)
     wait_until(lambda: len(list((tmp_path / "cache").glob("*/*.tar"))) == 4)
     time.sleep(0.1)
     planned = loader._order.shards_ahead(0, 2)
