@@ -164,8 +164,8 @@ class ShardWriter:
         self._store.remove(index_name(self._shard))
         self._store.put(self._scratch, shard_name(self._shard))
         write_rejects(self._store, rejects_name(self._shard), rejects)
-        schema = INDEX_SCHEMAS[self._kind].with_metadata({_INFO_KEY: info.to_json().encode()})
-        self._store.write(index_name(self._shard), _parquet(pa.Table.from_pylist(rows, schema=schema)))
+        table = pa.Table.from_pylist(rows, schema=index_schema(self._kind, info))
+        self._store.write(index_name(self._shard), _parquet(table))
         return info
 
     def abort(self) -> None:
@@ -224,6 +224,11 @@ class ShardWriter:
         size = self._file.tell()
         self._file.close()
         return size
+
+
+def index_schema(kind: str, info: ShardInfo) -> pa.Schema:
+    """The schema of a shard's index file, which holds `info`."""
+    return INDEX_SCHEMAS[kind].with_metadata({_INFO_KEY: info.to_json().encode()})
 
 
 def tar_header(name: str, size: int) -> bytes:

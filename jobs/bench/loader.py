@@ -29,7 +29,7 @@ from pipeline.errors import ConfigError, TokenreelError
 from pipeline.ledger import Ledger
 from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.schema import SCORES, TOKEN_SCHEMA
-from pipeline.shards import ShardInfo, ShardWriter, index_name, shard_name
+from pipeline.shards import ShardInfo, ShardWriter, index_name, index_schema, shard_name
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ _SAMPLES_PER_SHARD = 64
 _INDEX_ROWS_PER_SHARD = 4096
 _CODES = 8192
 _PAD = 8193
-_INFO_KEY = b"tokenreel.shard"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,8 +263,7 @@ def _make_index(folder: Path, config: BenchLoaderConfig) -> None:
             ledger=Ledger(planned=count, committed=count),
         )
         contents.append(info.content)
-        schema = TOKEN_SCHEMA.with_metadata({_INFO_KEY: info.to_json().encode()})
-        pq.write_table(pa.table(columns, schema=schema), folder / index_name(shard))
+        pq.write_table(pa.table(columns, schema=index_schema("tokens", info)), folder / index_name(shard))
         with (folder / shard_name(shard)).open("wb") as file:
             file.truncate(info.tar_bytes)
     totals = {"committed": config.index_rows, "content": digest_contents(contents)}

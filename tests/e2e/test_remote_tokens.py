@@ -35,4 +35,4 @@ def test_the_same_run(stages: Stages, tmp_path: Path) -> None:
     ]
     assert losses[0] == losses[1]
     assert list((tmp_path / "model/pictures").glob("predictions_*.png"))
-    assert remote.fingerprint == local.fingerprint
+    assert remote.fingerprint() == local.fingerprint()

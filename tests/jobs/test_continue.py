@@ -162,7 +162,7 @@ def test_what_may_differ_is_accepted(source: Path, tmp_path: Path) -> None:
 
 def test_tokens_of_another_tokenizer_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_meta(folder: Path, kind: str) -> Any:
-        return SimpleNamespace(extra={"tokenizer": {"fingerprint": folder.name}})
+        return SimpleNamespace(extra={"tokenizer": {"fingerprint": Path(folder).name}})
 
     monkeypatch.setattr(pretrain, "read_meta", read_meta)
     config = make_config(tmp_path / "two", grid=8)

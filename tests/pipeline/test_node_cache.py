@@ -87,7 +87,7 @@ def test_what_is_in_use_stays(cache: NodeCache) -> None:
         put(cache, name)
     assert names(cache) == {"a", "d", "e"}
     others = [cache.open(f"d/{name}", 100, Maker()) for name in "de"]
-    with pytest.raises(CacheFull, match="in use; raise loader.cache.max_bytes = 350"):
+    with pytest.raises(CacheFull, match=r"in use; raise loader\.cache\.max_bytes = 350"):
         put(cache, "f")
     assert names(cache) == {"a", "d", "e"}, "nothing was evicted for what did not fit anyway"
     assert os.pread(held, 1, 0) == b"x"
