@@ -82,8 +82,12 @@ class NodeCache:
             return self._make(name, size_bytes, make, timeout_s, spared) if found is None else found
 
     def fetch(self, name: str, size_bytes: int, make: Make, *, spared: Collection[str] = ()) -> bool:
-        """Make `name` where it is missing and nobody is making it; False where somebody is. Raises as `open`."""
-        if (self.folder / name).exists():
+        """Make `name` where it is missing and nobody is making it; False where somebody is. Raises as `open`.
+
+        A file that is there counts as used now, since it will be soon.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.folder / name)
             return True
         with self._lock(name, wait=False) as is_mine:
             if is_mine:
@@ -154,7 +158,7 @@ class NodeCache:
         """Evict what was used longest ago until `size_bytes` fit; nothing is evicted where that cannot be reached."""
         entries = self._entries()
         excess = sum(entry.size_bytes for entry in entries) + size_bytes - self.max_bytes
-        held: list[tuple[Entry, int]] = []
+        held: list[tuple[_Entry, int]] = []
         try:
             for entry in sorted(entries, key=lambda entry: entry.used_ns):
                 if excess <= 0:
@@ -172,7 +176,7 @@ class NodeCache:
             for _, descriptor in held:
                 os.close(descriptor)
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[_Entry]:
         found = []
         for path in self.folder.glob("*/*"):
             if path.parent.name == ".locks":
@@ -183,7 +187,7 @@ class NodeCache:
                 if stat.S_ISREG(status.st_mode):
                     size = int(path.name.split(".")[-3]) if path.name.endswith(".tmp") else status.st_size
                     used_ns = 0 if path.name.endswith(".tmp") else status.st_mtime_ns
-                    found.append(Entry(f"{path.parent.name}/{path.name}", path, size, used_ns))
+                    found.append(_Entry(f"{path.parent.name}/{path.name}", path, size, used_ns))
         return found
 
     @contextlib.contextmanager
@@ -199,7 +203,7 @@ class NodeCache:
                 yield True
 
 
-class Entry(NamedTuple):
+class _Entry(NamedTuple):
     """A file of a cache. What is being made was never used."""
 
     name: str

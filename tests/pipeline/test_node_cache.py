@@ -81,6 +81,14 @@ def test_what_was_used_longest_ago_goes_first(cache: NodeCache) -> None:
     assert cache.used_bytes() == 300
 
 
+def test_what_will_be_read_soon_counts_as_used(cache: NodeCache) -> None:
+    for name in "abc":
+        put(cache, name)
+    assert cache.fetch("d/a", 100, Maker())
+    put(cache, "d")
+    assert names(cache) == {"a", "c", "d"}
+
+
 def test_what_is_in_use_stays(cache: NodeCache) -> None:
     held = cache.open("d/a", 100, Maker())
     for name in "bcde":
