@@ -149,8 +149,7 @@ class TokenLoader:
         )
 
     def _plan_reading(self, position: int) -> None:
-        block = self._order.block_of(position)
-        if block != self._planned:
+        if self._reader.files.reads_ahead and (block := self._order.block_of(position)) != self._planned:
             self._planned = block
             self._reader.files.plan(self._order.shards_ahead(position, _BLOCKS_AHEAD))
 

@@ -28,6 +28,9 @@ _ROOM_TIMEOUT_S = 300.0
 class ShardFiles:
     """Descriptors of the shards that are read, those used last kept open."""
 
+    reads_ahead = False
+    """Whether a plan makes a difference."""
+
     def __init__(self, open_shard: Callable[[int], int]) -> None:
         self._open_shard = open_shard
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -65,6 +68,8 @@ class CachedShards(ShardFiles):
     Raises:
         ConfigError: the cache is too small for the shards that are read together.
     """
+
+    reads_ahead = True
 
     def __init__(
         self, store: Store, meta: DatasetMeta, index: SampleIndex, cache: NodeCache, shards_per_block: int
