@@ -19,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-runs", type=int, default=0, help="kill runs in tests/faults; 0: a quick share")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The suite neither meets nor leaves a loader's cache in the home folder; Ray's workers inherit the variable."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
@@ -140,7 +146,7 @@ def small_pretrain_config(tokens: Path, out: Path):
     recipe = debug()
     return replace(
         recipe,
-        tokens=tokens,
+        tokens=str(tokens),
         out=out,
         backbone=replace(
             recipe.backbone,

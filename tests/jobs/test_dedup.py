@@ -79,7 +79,7 @@ def test_views_of_a_clip_stay_or_go_together(tmp_path: Path) -> None:
     meta = create_or_resume(tmp_path, describe(extra={"tokenizer": {"codebook_size": CODEBOOK_SIZE}}))
     writer = open_writer(tmp_path)
     for key, codes in sorted(clips.items()):
-        for view in ("128-center", "128-center-flip"):
+        for view in ("128c", "128cf"):
             grid = {"height": 16, "width": 16, "fps": FPS, "end_s": len(codes) / FPS, "clip_key": key, "view": view}
             add_codes(writer, make_row(f"{key}-{view}", len(codes), **grid), codes)
     writer.commit(6, [])
@@ -87,7 +87,7 @@ def test_views_of_a_clip_stay_or_go_together(tmp_path: Path) -> None:
     figures = dedup.run(DedupConfig(tokens=str(tmp_path))).figures
     assert (figures["samples"], figures["duplicates"]) == (3, 1)
     kept = pq.read_table(tmp_path / "dedup" / "keep.parquet")["key"].to_pylist()
-    assert kept == [f"{key}-128-center{flip}" for key in ("a0", "a1") for flip in ("", "-flip")]
+    assert kept == [f"{key}-128c{flip}" for key in ("a0", "a1") for flip in ("", "f")]
 
 
 def test_figures(tokens: Path, result: JobResult) -> None:
