@@ -120,7 +120,8 @@ def test_the_loader_applies_the_keep_list(tokens: Path, result: JobResult) -> No
     )  # fmt: skip
     assert len(loader) == 9
     assert sorted(loader.batch(0)["keys"]) == sorted(SAMPLES.keys() - {"b1", "a2", "a3", "b3"})
-    assert WindowReader(tokens, "val", window, 999, keep_list=keep_list).keys == ["b3"]
+    reader = WindowReader(tokens, "val", window, 999, keep_list=keep_list)
+    assert reader.read_keys(np.arange(len(reader))) == ["b3"]
     assert len(WindowReader(tokens, "all", window, 999)) == 13
 
 
@@ -129,7 +130,7 @@ def test_pretrain_takes_the_keep_list(tokens: Path, result: JobResult) -> None:
     recipe = recipes.debug()
     backbone = replace(recipe.backbone, codebook_size=CODEBOOK_SIZE)
     loader = replace(recipe.loader, batch_size=2, keep_list=tokens / "dedup" / "keep.parquet")
-    config = replace(recipe, tokens=tokens, backbone=backbone, loader=loader)
+    config = replace(recipe, tokens=str(tokens), backbone=backbone, loader=loader)
     assert len(make_loader(config, rank=0, world_size=1)) == 9
 
 

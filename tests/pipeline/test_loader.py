@@ -296,24 +296,23 @@ class TestWindowReader:
             self.read(folder, 0, 26)
 
 
-class TestViews:
-    @pytest.fixture(scope="class")
-    def views(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Three clips, each in two views of the model's size and one of twice that."""
-        folder = tmp_path_factory.mktemp("views")
-        meta = create_or_resume(folder, describe())
-        writer = open_writer(folder)
-        for clip in range(3):
-            for view, scale in (("16c", 1), ("16cf", 1), ("32c", 2)):
-                grid = (GRID[0] * scale, GRID[1] * scale)
-                row = make_row(
-                    f"{clip:05d}-{view}", 5, clip_key=f"{clip:05d}", view=view, height=grid[0], width=grid[1]
-                )
-                add_codes(writer, row, np.full((5, *grid), clip, np.uint16))
-        writer.commit(9, [])
-        finish(folder, meta, Ledger())
-        return folder
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips, each in two views of the model's size and one of twice that."""
+    folder = tmp_path_factory.mktemp("views")
+    meta = create_or_resume(folder, describe())
+    writer = open_writer(folder)
+    for clip in range(3):
+        for view, scale in (("16c", 1), ("16cf", 1), ("32c", 2)):
+            grid = (GRID[0] * scale, GRID[1] * scale)
+            row = make_row(f"{clip:05d}-{view}", 5, clip_key=f"{clip:05d}", view=view, height=grid[0], width=grid[1])
+            add_codes(writer, row, np.full((5, *grid), clip, np.uint16))
+    writer.commit(9, [])
+    finish(folder, meta, Ledger())
+    return folder
 
+
+class TestViews:
     @pytest.mark.parametrize(
         ("grid", "names", "expected"),
         [(GRID, (), ["16c", "16cf"]), (GRID, ("16cf",), ["16cf"]), ((GRID[0] * 2, GRID[1] * 2), (), ["32c"])],
