@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-runs", type=int, default=0, help="kill runs in tests/faults; 0: a quick share")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For `make test`, which runs the suite in several processes: whatever needs the Ray cluster is one process's, from
     the beginning, so that there is one cluster; the other files are handed out whole, for the sake of their fixtures."""
@@ -43,7 +44,8 @@ def cluster(mlflow_uri: str) -> Iterator[str]:
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # as Ray starts them, its workers would wait for every other test of the suite
+    # As Ray starts them, its workers would wait for every other test of the suite. Ray's own names are of mixed case.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
