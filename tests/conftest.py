@@ -25,6 +25,20 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `make test`, which runs the suite in several processes: whatever needs the Ray cluster is one process's, from
+    the beginning, so that there is one cluster; the other files are handed out whole, for the sake of their fixtures."""
+    if hasattr(config, "workerinput"):  # set by pytest-xdist, in its processes
+        items.sort(key=lambda item: not _needs_cluster(item))
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("cluster" if _needs_cluster(item) else item.path.stem))
+
+
+def _needs_cluster(item: pytest.Item) -> bool:
+    return "cluster" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
@@ -36,6 +50,8 @@ def cluster(mlflow_uri: str) -> Iterator[str]:
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # As Ray starts them, its workers would wait for every other test of the suite. Ray's own names are of mixed case.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
