@@ -20,8 +20,11 @@ $(READY): pyproject.toml constraints.txt infra/install_ffmpeg.sh
 demo: setup
 	$(BIN)/tokenreel demo --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
 
+# The whole suite runs in two processes, one of which has all that needs Ray; `make test TESTS=...` in one, with --pdb and -s.
+WORKERS ?= 2
+
 test: setup
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(or $(TESTS),--numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder)
 
 lint: setup
 	$(BIN)/ruff check .

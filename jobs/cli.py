@@ -90,6 +90,9 @@ _JOBS = {
     "bench train": _Job(
         module="jobs.bench.train", config="BenchTrainConfig", summary="a training step against a straightforward one"
     ),
+    "bench loader": _Job(
+        module="jobs.bench.loader", config="BenchLoaderConfig", summary="clip pairs a second against other loaders"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
 

@@ -155,12 +155,12 @@ def predict(
     cluster: Cluster,
     *,
     fps: float,
-    size_px: int,
+    sizes_px: Sequence[int],
     patch: int,
     tokenizer: str,
     precision: str = "fp32",
 ) -> Prediction:
-    """Hours and bytes of tokenizing `corpus` at `fps` and `size_px`.
+    """Hours and bytes of tokenizing `corpus` at `fps` in views of `sizes_px`.
 
     Seconds a frame grow linearly with its pixels, that is with the square of the side, between two measured sizes; beyond
     the smallest or largest they are in proportion to the pixels. GPUs encode while CPUs decode, so the slower of the two counts;
@@ -168,6 +168,7 @@ def predict(
     tokenize are not in it; videos of a codec harder than those measured take longer.
 
     Args:
+        sizes_px: side of the crop of each view of a clip: (128,) for one view, (128, 128) with mirrored frames.
         patch: pixels along a side of the square that a token stands for.
         tokenizer, precision: as in `EncodeSpeed`.
 
@@ -192,21 +193,21 @@ def predict(
             "run `tokenreel bench tokenize TOKENIZER --save FILE` on such a machine"
         )
     frames = round(corpus.seconds * fps)
-    tokens = frames * (size_px // patch) ** 2
+    tokens = sum(frames * (size_px // patch) ** 2 for size_px in sizes_px)
     decode_s = corpus.clips * measured.start_s.get(cluster.cpu, 0.0)
     decode_s += sum(count * _seconds_a_frame(decoding, side) for side, count in corpus.source_frames.items())
-    encode_s = frames * _seconds_a_frame(encoding, size_px)
+    encode_s = sum(frames * _seconds_a_frame(encoding, size_px) for size_px in sizes_px)
     if cluster.num_gpus:
         tokenize_s = max(decode_s / cluster.num_cpus, encode_s / cluster.num_gpus)
     else:
         tokenize_s = (decode_s + encode_s) / cluster.num_cpus
     return Prediction(
-        frames=frames,
+        frames=frames * len(sizes_px),
         tokens=tokens,
         decode_cpu_hours=decode_s / 3600,
         encode_device_hours=encode_s / 3600,
         tokenize_hours=tokenize_s / 3600,
-        bytes=2 * tokens + SAMPLE_BYTES * corpus.clips,
+        bytes=2 * tokens + SAMPLE_BYTES * corpus.clips * len(sizes_px),
     )
 
 

@@ -125,7 +125,7 @@ def _stages(config: DemoConfig, corpus: Path) -> dict[str, Callable[[], JobResul
         "pretrain": lambda: pretrain.run(
             replace(
                 recipe,
-                tokens=tokens,
+                tokens=str(tokens),
                 out=model,
                 loader=replace(recipe.loader, batch_size=_fit_batch(tokens, recipe.loader.batch_size)),
                 loop=replace(recipe.loop, steps=config.pretrain_steps),

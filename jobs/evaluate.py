@@ -43,7 +43,7 @@ class EvaluateConfig:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, made by `tokenreel pretrain`."""
-    tokens: Path | None = None
+    tokens: str | None = None
     """Token dataset to measure on; by default the one that the run was trained on."""
     max_windows: int = 256
     """Windows, at most, that each figure is measured on."""
@@ -58,15 +58,13 @@ class EvaluateConfig:
 def run(config: EvaluateConfig) -> JobResult:
     started_s = time.monotonic()
     trained = load_run(config.run)
-    tokens = config.tokens or trained.tokens
+    tokens = Store.at(config.tokens or trained.tokens)
     meta = read_meta(tokens, kind="tokens", complete=True)
     objective = load_objective(trained, list_checkpoints(config.run)[-1])
     seed_everything(trained.loop.seed, -1, 0)  # as the run began, so that "untrained" is its own starting point
     untrained = VimpacObjective(VimpacBackbone(trained.backbone), trained.objective).eval()
     out = config.run / "evaluation"
-    inputs = [
-        DatasetInput(name=tokens.name, fingerprint=meta.fingerprint, uri=str(tokens.resolve()), context="evaluation")
-    ]
+    inputs = [DatasetInput(name=tokens.name, fingerprint=meta.fingerprint, uri=tokens.url, context="evaluation")]
     run_digest = fingerprint(**to_plain(trained))
     tags = {"tokenreel.run": str(config.run), "tokenreel.model_fingerprint": run_digest}
     with (
@@ -111,13 +109,13 @@ def load_run(run: Path) -> PretrainConfig:
     return load_config(run / CONFIG_NAME, PretrainConfig)
 
 
-def _reader(objective: VimpacObjective, tokens: Path, split: Split | None = None) -> WindowReader:
+def _reader(objective: VimpacObjective, tokens: Store, split: Split | None = None) -> WindowReader:
     backbone = objective.backbone.config
     return WindowReader(tokens, split or "all", backbone.shape, backbone.pad_id)
 
 
 @torch.inference_mode()
-def _measure_prediction(objective: VimpacObjective, tokens: Path, config: EvaluateConfig) -> dict[str, Any]:
+def _measure_prediction(objective: VimpacObjective, tokens: Store, config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy at masked positions, and the best that naming one code everywhere could reach on the same positions."""
     codebook_size = objective.backbone.config.codebook_size
     has_val = "val" in read_index(tokens, ["split"])["split"].to_pylist()
@@ -150,7 +148,7 @@ def _measure_prediction(objective: VimpacObjective, tokens: Path, config: Evalua
 
 
 def _measure_probes(
-    objective: VimpacObjective, untrained: VimpacObjective, tokens: Path, config: EvaluateConfig
+    objective: VimpacObjective, untrained: VimpacObjective, tokens: Store, config: EvaluateConfig
 ) -> dict[str, dict[str, Any]]:
     views, videos, times_s = read_views(_reader(objective, tokens), config.max_windows)
     features = {
@@ -186,7 +184,7 @@ def _write_sheet(
     path: Path,
     objective: VimpacObjective,
     trained: PretrainConfig,
-    tokens: Path,
+    tokens: Store,
     meta: DatasetMeta,
     figures: dict[str, Any],
 ) -> None:
@@ -268,10 +266,10 @@ def _choose_rows(reader: WindowReader) -> np.ndarray:
 
 
 def _originals(
-    tokens: Path, meta: DatasetMeta, row: dict[str, Any], start: int, num_frames: int
+    tokens: Store, meta: DatasetMeta, row: dict[str, Any], start: int, num_frames: int
 ) -> Sequence[np.ndarray]:
     """The window's frames as they were before the tokenizer, where its clip dataset is still at hand."""
-    clips = find_parent(Store.at(tokens), meta)
+    clips = find_parent(tokens, meta)
     if clips is None:
         return []
     frames = original_frames(clips, meta, row)

@@ -13,8 +13,7 @@ import torch
 
 from jobs.contact_sheet import Histogram, Row, Section, Strip, Table
 from jobs.inspect import InspectConfig, distribution
-from jobs.token_origin import kept_tokenizer, original_frames
-from models.tokenizers.base import load_tokenizer
+from jobs.token_origin import load_kept_tokenizer, original_frames
 from pipeline.dataset import DatasetMeta, find_parent
 from pipeline.schema import Reject
 from pipeline.shards import read_payload
@@ -180,8 +179,7 @@ class _Reconstructor:
 
     def __init__(self, store: Store, meta: DatasetMeta, index: pa.Table) -> None:
         self._store, self._meta, self._index = store, meta, index
-        with kept_tokenizer(store) as folder:
-            self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = load_kept_tokenizer(store)
         self.parent = find_parent(store, meta)
         self._pair = functools.lru_cache(maxsize=None)(
             self._make_pair

@@ -18,17 +18,17 @@ from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.model_folder import add_mlflow_model, load_model, write_model
 from jobs.result import JobResult
-from jobs.token_origin import TOKENIZER_FOLDER
+from jobs.token_origin import load_kept_tokenizer
 from jobs.tracking import DatasetInput
 from jobs.training import Task, WorkersConfig, read_run_fingerprint, run_training
 from models.optim import OptimConfig, lr_at
 from models.stage2 import resize_moments, resize_positions
-from models.tokenizers.base import load_tokenizer
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
-from pipeline.dataset import read_meta
+from pipeline.dataset import Place, read_meta
 from pipeline.errors import ConfigError
 from pipeline.keep_list import keep_list_digest
 from pipeline.loader import LoaderConfig, TokenLoader
+from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
 _PICTURE_CLIPS = 4
@@ -43,8 +43,8 @@ class PretrainConfig:
     Run the same command again after a crash: it continues from its last checkpoint with the same losses.
     """
 
-    tokens: Path
-    """Token dataset, made by `tokenreel tokenize`."""
+    tokens: str
+    """Token dataset, made by `tokenreel tokenize`; a path, or s3://, gs://, abfs://."""
     out: Path
     """Folder of the run; the model ends up in its model/."""
     continue_from: Path | None = None
@@ -62,7 +62,8 @@ class PretrainConfig:
 
 
 def run(config: PretrainConfig) -> JobResult:
-    meta = read_meta(config.tokens, kind="tokens", complete=True)
+    source = Store.at(config.tokens)
+    meta = read_meta(source, kind="tokens", complete=True)
     codebook_size = meta.extra["tokenizer"]["codebook_size"]
     if codebook_size != config.backbone.codebook_size:
         raise ConfigError(
@@ -73,19 +74,19 @@ def run(config: PretrainConfig) -> JobResult:
     assert meta.totals is not None
     totals = {name: float(meta.totals[name]) for name in ("committed", "frames", "hours")}
     tokens = DatasetInput(
-        name=config.tokens.name,
+        name=source.name,
         fingerprint=meta.fingerprint,
-        uri=str(config.tokens.resolve()),
+        uri=source.url,
         totals=totals,
         content=meta.content,
     )
     inputs = [tokens]
     if config.continue_from is not None:
         check_source(config, config.continue_from)
-        source = read_run_fingerprint(config.continue_from)
+        continued = read_run_fingerprint(config.continue_from)
         uri = str(config.continue_from.resolve())
         inputs.append(
-            DatasetInput(name=config.continue_from.name, fingerprint=source, uri=uri, context="continued run")
+            DatasetInput(name=config.continue_from.name, fingerprint=continued, uri=uri, context="continued run")
         )
     loader = config.loader
     if loader.keep_list is not None:
@@ -98,7 +99,7 @@ def run(config: PretrainConfig) -> JobResult:
         "pretrain",
         config.out,
         config,
-        functools.partial(_build, replace(config, tokens=config.tokens.resolve(), loader=loader)),
+        functools.partial(_build, replace(config, tokens=source.url, loader=loader)),
         inputs,
         functools.partial(_export, config),
         functools.partial(_conclude, config),
@@ -155,7 +156,7 @@ def _parts(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer_differences(old: Path, new: Path) -> list[str]:
+def _tokenizer_differences(old: str, new: str) -> list[str]:
     """Codes of two tokenizers mean different things, even with codebooks of one size."""
     try:
         before, after = (read_meta(folder, kind="tokens").extra["tokenizer"]["fingerprint"] for folder in (old, new))
@@ -213,14 +214,14 @@ def _build(config: PretrainConfig, context: Context) -> Task:
 
 
 def draw_predictions(
-    objective: VimpacObjective, tokens: torch.Tensor, seeds: torch.Tensor, dataset: Path
+    objective: VimpacObjective, tokens: torch.Tensor, seeds: torch.Tensor, dataset: Place
 ) -> list[list[Any]]:
     """For each clip of `tokens` (n t h w): its frames as the tokenizer decodes them, the same masked, and predicted.
 
     Returns:
         n rows of three uint8 arrays (t H W c).
     """
-    tokenizer = load_tokenizer(dataset / TOKENIZER_FOLDER, tokens.device)
+    tokenizer = load_kept_tokenizer(dataset, tokens.device)
     mask = objective.draw_masks(tokens, seeds)
     predicted = objective.predict(tokens, mask)
     rows = []

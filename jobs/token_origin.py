@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from jobs.config import from_plain
-from models.tokenizers.base import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.dataset import DatasetMeta
+from models.tokenizers.base import CONFIG_FILE, WEIGHTS_FILE, Precision, Tokenizer, load_tokenizer
+from pipeline.dataset import DatasetMeta, Place
 from pipeline.schema import Reject
 from pipeline.shards import read_shard_rows
 from pipeline.storage import Store
@@ -29,12 +30,8 @@ def settings_of(meta: DatasetMeta) -> TokenizeSettings:
 
 
 @contextlib.contextmanager
-def kept_tokenizer(store: Store) -> Iterator[Path]:
-    """A local folder with the tokenizer that a token dataset keeps, for the body.
-
-    Raises:
-        FileNotFoundError: it keeps none.
-    """
+def _kept_tokenizer(store: Store) -> Iterator[Path]:
+    """A local folder with the tokenizer that a token dataset keeps, for the body."""
     if store.is_local:
         yield store.path(TOKENIZER_FOLDER)
         return
@@ -42,6 +39,12 @@ def kept_tokenizer(store: Store) -> Iterator[Path]:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             Path(folder, name).write_bytes(store.read(f"{TOKENIZER_FOLDER}/{name}"))
         yield Path(folder)
+
+
+def load_kept_tokenizer(place: Place, device: str | torch.device = "cpu", precision: Precision = "fp32") -> Tokenizer:
+    """The tokenizer that a token dataset keeps; arguments and errors are those of `load_tokenizer`."""
+    with _kept_tokenizer(Store.at(place)) as folder:
+        return load_tokenizer(folder, device, precision)
 
 
 def original_frames(clips: Store, meta: DatasetMeta, row: Mapping[str, Any]) -> np.ndarray | Reject:

@@ -38,6 +38,7 @@ from pipeline.schema import fingerprint
 log = logging.getLogger(__name__)
 _NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from")
 """Settings that may change between a run and its resume; inputs count by fingerprint, not by where they lie."""
+_NOT_IDENTITY_OF_LOADER = ("cache",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +181,10 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
     """Create or check the run folder; returns the run's fingerprint."""
     plain = to_plain(config)
     identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
+    if "loader" in identity:
+        identity["loader"] = {
+            key: value for key, value in identity["loader"].items() if key not in _NOT_IDENTITY_OF_LOADER
+        }
     identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
     marker = out / MARKER_NAME
     if marker.exists():

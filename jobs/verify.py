@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from jobs.config import CONFIG_NAME, from_plain
 from jobs.progress import Progress
 from jobs.result import JobResult
-from jobs.token_origin import TOKENIZER_FOLDER, kept_tokenizer, settings_of
+from jobs.token_origin import TOKENIZER_FOLDER, load_kept_tokenizer, settings_of
 from pipeline.audit import audit, draw_samples
 from pipeline.dataset import DatasetMeta, find_parent, listed_shards, read_meta
 from pipeline.encoding import Encode
@@ -179,12 +179,10 @@ def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> E
     import torch
 
     from jobs.frame_encoder import FrameEncoder
-    from models.tokenizers.base import load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with kept_tokenizer(store) as folder:
-            tokenizer = load_tokenizer(folder, device, settings.precision)
+        tokenizer = load_kept_tokenizer(store, device, settings.precision)
     except (FileNotFoundError, ValueError) as error:
         raise DatasetError(f"{store.where(TOKENIZER_FOLDER)}: the tokenizer cannot be loaded: {error}") from error
     if tokenizer.fingerprint() != meta.config["tokenizer"]:

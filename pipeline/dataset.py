@@ -204,9 +204,16 @@ def _remove_leftovers(store: Store, parts: Iterable[str]) -> None:
                 leftover.unlink(missing_ok=True)
 
 
+def digest_contents(contents: Iterable[str]) -> str:
+    """`DatasetMeta.content`, from the `content` of every shard in order."""
+    return hashlib.sha256("".join(contents).encode()).hexdigest()[:32]
+
+
 def _sum_totals(shards: list[ShardInfo]) -> dict[str, Any]:
-    content = hashlib.sha256("".join(info.content for info in shards).encode()).hexdigest()[:32]
-    totals: dict[str, Any] = {"tar_bytes": sum(info.tar_bytes for info in shards), "content": content}
+    totals: dict[str, Any] = {
+        "tar_bytes": sum(info.tar_bytes for info in shards),
+        "content": digest_contents(info.content for info in shards),
+    }
     for name in ("videos", "frames", "payload_bytes"):
         totals[name] = sum(info.totals[name] for info in shards)
     totals["hours"] = round(sum(info.totals["seconds"] for info in shards) / 3600, 6)

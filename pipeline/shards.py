@@ -165,8 +165,8 @@ class ShardWriter:
         self._store.remove(index_name(self._shard))
         self._store.put(self._scratch, shard_name(self._shard))
         write_rejects(self._store, rejects_name(self._shard), rejects)
-        schema = INDEX_SCHEMAS[self._kind].with_metadata({_INFO_KEY: info.to_json().encode()})
-        self._store.write(index_name(self._shard), _parquet(pa.Table.from_pylist(rows, schema=schema)))
+        table = pa.Table.from_pylist(rows, schema=index_schema(self._kind, info))
+        self._store.write(index_name(self._shard), _parquet(table))
         return info
 
     def abort(self) -> None:
@@ -227,6 +227,11 @@ class ShardWriter:
         return size
 
 
+def index_schema(kind: str, info: ShardInfo) -> pa.Schema:
+    """The schema of a shard's index file, which holds `info`."""
+    return INDEX_SCHEMAS[kind].with_metadata({_INFO_KEY: info.to_json().encode()})
+
+
 def tar_header(name: str, size: int) -> bytes:
     """The 512 bytes before a member: mode 0644, nobody's, from 1970."""
     header = tarfile.TarInfo(name)
@@ -253,12 +258,27 @@ def read_shard_info(store: Store, shard: int) -> ShardInfo | None:
     except FileNotFoundError:
         return None
     try:
-        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
-        return ShardInfo.from_json(metadata[_INFO_KEY])
+        return _parse_info(pq.read_schema(pa.BufferReader(data)))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{store.where(index_name(shard))} is no tokenreel index: {_one_line(error)}; delete it and run the job again"
-        ) from error
+        raise _no_index(store, shard, error) from error
+
+
+def read_shard_columns(store: Store, shard: int, columns: Sequence[str]) -> tuple[ShardInfo, pa.Table]:
+    """What the index of a shard says of it, and some columns of its rows; in a local dataset only these are read.
+
+    Raises:
+        FileNotFoundError: the shard has no index.
+        DatasetError: the file there is no index of ours.
+    """
+    name = index_name(shard)
+    source = store.path(name) if store.is_local else pa.BufferReader(store.read(name))
+    try:
+        with pq.ParquetFile(source) as file:
+            return _parse_info(file.schema_arrow), file.read(list(columns), use_threads=False)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise _no_index(store, shard, error) from error
 
 
 def read_shard_rows(store: Store, shard: int) -> list[dict[str, Any]]:
@@ -308,6 +328,16 @@ def sample_info(row: dict[str, Any]) -> dict[str, Any]:
     if "extra" in info:
         info["extra"] = json.loads(info["extra"])
     return info
+
+
+def _parse_info(schema: pa.Schema) -> ShardInfo:
+    return ShardInfo.from_json((schema.metadata or {})[_INFO_KEY])
+
+
+def _no_index(store: Store, shard: int, error: BaseException) -> DatasetError:
+    return DatasetError(
+        f"{store.where(index_name(shard))} is no tokenreel index: {_one_line(error)}; delete it and run the job again"
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,7 +28,8 @@ class Crop:
 class View:
     """What one sample of a clip shows: a crop of its frames, maybe mirrored left to right.
 
-    name: "" where a clip has this one view only; else letters, digits and hyphens, part of the sample's key.
+    name: "" where a clip has this one view only; else letters and digits, part of the sample's key: 128c is 128 px at the
+        centre, 128of160sf 128 px out of a shorter side of 160 at the start, mirrored.
     """
 
     name: str
@@ -94,4 +95,4 @@ def crops_of(views: Sequence[View]) -> list[Crop]:
 
 def _name(size_px: int, resize: float, place: Place, flip: bool) -> str:
     scaled = "" if resize == 1 else f"of{round(size_px * resize)}"
-    return f"{size_px}{scaled}-{place}{'-flip' if flip else ''}"
+    return f"{size_px}{scaled}{place[0]}{'f' if flip else ''}"

@@ -19,6 +19,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-runs", type=int, default=0, help="kill runs in tests/faults; 0: a quick share")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The suite neither meets nor leaves a loader's cache in the home folder; Ray's workers inherit the variable."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `make test`, which runs the suite in several processes: whatever needs the Ray cluster is one process's, from
+    the beginning, so that there is one cluster; the other files are handed out whole, for the sake of their fixtures."""
+    if hasattr(config, "workerinput"):  # set by pytest-xdist, in its processes
+        items.sort(key=lambda item: not _needs_cluster(item))
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("cluster" if _needs_cluster(item) else item.path.stem))
+
+
+def _needs_cluster(item: pytest.Item) -> bool:
+    return "cluster" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
@@ -30,6 +50,8 @@ def cluster(mlflow_uri: str) -> Iterator[str]:
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # As Ray starts them, its workers would wait for every other test of the suite. Ray's own names are of mixed case.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -140,7 +162,7 @@ def small_pretrain_config(tokens: Path, out: Path):
     recipe = debug()
     return replace(
         recipe,
-        tokens=tokens,
+        tokens=str(tokens),
         out=out,
         backbone=replace(
             recipe.backbone,

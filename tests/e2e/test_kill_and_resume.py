@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -65,6 +66,15 @@ def test_a_killed_training_run_resumes_to_identical_losses(stages: Stages, clust
         assert (out / last).read_bytes() == (stages.model / last).read_bytes()
 
 
+def _find_train_worker() -> psutil.Process:
+    """A Ray Train worker of this session's cluster; there may be others on the machine."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                return process
+    raise AssertionError("no Ray Train worker is running")
+
+
 def losses(journal: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_journal(journal)]
 
@@ -79,10 +89,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_loss(stages: Stages, cluster
     def kill_one() -> None:
         while not any(row["step"] >= 5 for row in read_journal(journal)):
             time.sleep(0.01)
-        workers = [
-            process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(process.info["cmdline"])
-        ]
-        workers[0].kill()
+        _find_train_worker().kill()
         killed.set()
 
     threading.Thread(target=kill_one, daemon=True).start()

@@ -47,7 +47,7 @@ def test_a_run_that_was_made_with_other_settings_is_refused_by_name(stages: Stag
 def test_what_evaluation_measures_on(stages: Stages, tmp_path: Path) -> None:
     tokens = shutil.copytree(stages.tokens, tmp_path / "tokens")
     model = shutil.copytree(stages.model, tmp_path / "model", ignore=shutil.ignore_patterns("evaluation", "mlflow*"))
-    config = EvaluateConfig(run=model, tokens=tokens, max_windows=4, batch_size=3)
+    config = EvaluateConfig(run=model, tokens=str(tokens), max_windows=4, batch_size=3)
     few = evaluate.run(config).figures
     again = evaluate.run(replace(config, batch_size=32)).figures
     more = evaluate.run(replace(config, max_windows=16)).figures

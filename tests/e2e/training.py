@@ -25,7 +25,7 @@ def make_config(tokens: Path, out: Path, workers: WorkersConfig, *, layers: int 
     small = {"hidden": 32, "heads": 4, "head_dim": 8, "mlp": 64, "codebook_size": CODEBOOK_SIZE, "dropout": 0.0}
     return replace(
         recipe,
-        tokens=tokens,
+        tokens=str(tokens),
         out=out,
         backbone=replace(recipe.backbone, layers=layers, grid_height=GRID[0], grid_width=GRID[1], **small),
         objective=replace(recipe.objective, head_hidden=32, head_out=16),

@@ -28,7 +28,7 @@ STEPS, ALL_STEPS = 4, 8
 
 def make_config(out: Path, grid: int = 4, **loop: Any) -> PretrainConfig:
     return PretrainConfig(
-        tokens=out.parent / "tokens",
+        tokens=str(out.parent / "tokens"),
         out=out,
         backbone=VimpacConfig(
             layers=1,
@@ -162,13 +162,13 @@ def test_what_may_differ_is_accepted(source: Path, tmp_path: Path) -> None:
 
 def test_tokens_of_another_tokenizer_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_meta(folder: Path, kind: str) -> Any:
-        return SimpleNamespace(extra={"tokenizer": {"fingerprint": folder.name}})
+        return SimpleNamespace(extra={"tokenizer": {"fingerprint": Path(folder).name}})
 
     monkeypatch.setattr(pretrain, "read_meta", read_meta)
     config = make_config(tmp_path / "two", grid=8)
     check_source(config, source)
     with pytest.raises(ConfigError, match=r"tokenizer tokens \(here others\)"):
-        check_source(replace(config, tokens=tmp_path / "others"), source)
+        check_source(replace(config, tokens=str(tmp_path / "others")), source)
 
 
 def test_an_unfinished_run_or_none_is_refused(source: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ GPUS = Cluster(cpu="cpu", num_cpus=10, gpu="gpu", num_gpus=2)
 
 
 def plan(corpus: Corpus = CORPUS, cluster: Cluster = GPUS, **changes):
-    settings = {"fps": 2.0, "size_px": 64, "patch": 8, "tokenizer": "t", "precision": "bf16"}
+    settings = {"fps": 2.0, "sizes_px": (64,), "patch": 8, "tokenizer": "t", "precision": "bf16"}
     return predict(corpus, MEASURED, cluster, **{**settings, **changes})
 
 
@@ -51,6 +51,14 @@ def test_gpus_wait_for_decoding_or_decoding_for_them() -> None:
     assert found.encode_device_hours * 3600 == pytest.approx(7200 / 500)
     assert found.tokenize_hours * 3600 == pytest.approx(86 / 10)
     assert plan(cluster=replace(GPUS, num_cpus=1000)).tokenize_hours * 3600 == pytest.approx(7200 / 500 / 2)
+
+
+def test_views_share_a_decode() -> None:
+    one, three = plan(), plan(sizes_px=(64, 64, 128))
+    assert three.decode_cpu_hours == one.decode_cpu_hours
+    assert three.frames == 3 * one.frames and three.tokens == 6 * one.tokens
+    assert three.encode_device_hours == pytest.approx(6 * one.encode_device_hours)
+    assert three.bytes == 2 * three.tokens + 300 * cost.SAMPLE_BYTES
 
 
 def test_without_gpus_the_cpus_share_their_time() -> None:
@@ -141,7 +149,7 @@ def test_a_prediction_holds_within_a_factor_of_two_and_a_half(stages: Stages, tm
         Measured.load(path),
         Cluster(cpu=cost.cpu_name(), num_cpus=1),
         fps=4.0,
-        size_px=64,
+        sizes_px=(64,),
         patch=8,
         tokenizer=repr(tokenizer.config),
     )

@@ -18,6 +18,7 @@ from jobs.checkpoint import (
     list_checkpoints,
     load_weights,
     read_cursor,
+    whole_state,
 )
 from jobs.journal import read_journal
 from jobs.loop import Context, LoopConfig, NonFiniteLoss, train
@@ -117,6 +118,15 @@ def test_a_worker_that_is_told_to_stop_saves_that_step_and_loses_none(stop: int,
     assert losses(run_loop(tmp_path / "run")) == losses(whole)
 
 
+def test_a_stop_is_noticed_where_numbers_are_fetched_and_then_loses_no_step_either(tmp_path: Path) -> None:
+    whole = run_loop(tmp_path / "whole")
+    config = replace(CONFIG, fetch_every_steps=5, save_every_steps=6, picture_every_steps=0)
+    asked = iter(range(1, 99))
+    context = Context(run=tmp_path / "run", should_stop=lambda: next(asked) == 2)
+    assert train(Noisy(), Steps(), context, config, OPTIM).step == 5
+    assert losses(run_loop(tmp_path / "run", config)) == losses(whole)
+
+
 def test_saving_goes_on_behind_the_steps_one_at_a_time_and_is_waited_for_at_the_end(tmp_path: Path) -> None:
     saved: list[str] = []
     released = threading.Event()
@@ -149,7 +159,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step_whatever_the_next_steps_do(t
     held = threading.Event()
     with CheckpointSaver(tmp_path, 9, lambda checkpoint: None) as saver:
         saver._pool.submit(held.wait, 10)  # the writer is busy, so the write comes after the change
-        saver.save(model, optimizer, Cursor(step=1))
+        saver.save(*whole_state(model, optimizer), Cursor(step=1))
         with torch.no_grad():
             model.weight.zero_()
         held.set()

@@ -311,7 +311,7 @@ def test_server_away_for_the_whole_job_and_back(
         for step in range(10, 20):
             journal.log(step, {"loss": step})
         server.start()
-        deadline_s = time.monotonic() + 90
+        deadline_s = time.monotonic() + 120
         while tracker.run_id is None and time.monotonic() < deadline_s:
             time.sleep(0.1)
         for step in range(20, 30):

@@ -1,14 +1,17 @@
-"""Who trains: which numbers of workers a run may have, checked before any work."""
+"""Who trains, and what makes a run another run; both are checked before any work."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs import pretrain
-from jobs.training import WorkersConfig, usable_workers
+from jobs.training import WorkersConfig, _open_run, usable_workers
 from pipeline.errors import ConfigError
+from pipeline.loader import CacheConfig
+from tests.conftest import small_pretrain_config
 from tests.e2e.training import make_config, make_tokens
 
 
@@ -40,3 +43,12 @@ def test_a_batch_that_does_not_divide_by_the_fewest_workers_is_refused_before_an
     with pytest.raises(ConfigError, match="batch_size = 4 does not divide by the 3 workers"):
         pretrain.run(make_config(make_tokens(tmp_path / "tokens"), tmp_path / "run", workers))
     assert not (tmp_path / "run").exists()
+
+
+def test_another_cache_is_the_same_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = small_pretrain_config(tmp_path / "tokens", out)
+    elsewhere = replace(config.loader, cache=CacheConfig(folder=tmp_path / "cache", max_bytes=5))
+    assert _open_run(out, config, []) == _open_run(out, replace(config, loader=elsewhere), [])
+    with pytest.raises(ConfigError, match=r"loader.distance = None \(now 3\)"):
+        _open_run(out, replace(config, loader=replace(config.loader, distance=3)), [])

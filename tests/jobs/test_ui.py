@@ -41,7 +41,7 @@ def test_serves_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"from jobs.ui import UiConfig, run; run(UiConfig(port={port}))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
     try:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 120
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:

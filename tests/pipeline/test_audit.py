@@ -237,9 +237,9 @@ def test_a_view_that_shows_another_one(clips: Path, frames: list[Frames], tmp_pa
 
 def test_a_view_that_nobody_asked_for(clips: Path, frames: list[Frames], tmp_path: Path) -> None:
     tokens = tokenize(clips, tmp_path / "tokens", frames)
-    rewrite(tokens, 1, lambda rows: rows[0].update(view="16-end"))
+    rewrite(tokens, 1, lambda rows: rows[0].update(view="16e"))
     (problem,) = problems_of(run_audit(tokens, clips))
-    assert problem.shard == 1 and "view '16-end' of clip" in problem.text
+    assert problem.shard == 1 and "view '16e' of clip" in problem.text
 
 
 def test_a_sample_of_no_clip(clips: Path, frames: list[Frames], tmp_path: Path) -> None:

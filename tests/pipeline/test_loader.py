@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import loader as loader_module
-from pipeline.dataset import create_or_resume, shard_path
+from pipeline import shard_files as shard_files_module
+from pipeline.dataset import create_or_resume, finish, shard_path
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.ledger import Ledger
 from pipeline.loader import LoaderConfig, TokenLoader, WindowReader
-from tests.pipeline.datasets import GRID, PAD, describe, make_token_dataset
+from tests.pipeline.datasets import GRID, PAD, add_codes, describe, make_row, make_token_dataset, open_writer
 
 T = 4
 LENGTHS = [[9, 2, 4], [5, 30], [1, 12, 7, 4], [6, 6, 6]]
@@ -98,6 +99,28 @@ class TestBatches:
         one, three = (open_loader(folder, num_views=n).batch(3) for n in (1, 3))
         assert torch.equal(one["tokens"], three["tokens"][:, :1])
         assert torch.equal(one["seeds"], three["seeds"][:, :1])
+
+    def test_distance_bounds_the_views(self, folder: Path) -> None:
+        """Sample 4 has 30 frames, so 27 starts: every difference up to the distance comes, and none beyond it."""
+        anywhere, near, same = (
+            open_loader(folder, batch_size=NUM_SAMPLES, num_views=3, distance=distance) for distance in (None, 3, 0)
+        )
+
+        def differences(loader: TokenLoader) -> set[int]:
+            batches = [loader.batch(step) for step in range(150)]
+            starts = [starts_of(b["tokens"])[b["keys"].index("00004")] for b in batches]
+            assert {start for views in starts for start in views} <= set(range(27))
+            return {other - first for first, *others in starts for other in others}
+
+        assert differences(near) == set(range(-3, 4)) and differences(same) == {0}
+        assert max(differences(anywhere)) > 20
+        one, other = anywhere.batch(0), near.batch(0)
+        assert torch.equal(one["tokens"][:, 0], other["tokens"][:, 0]), "the first view does not know of the distance"
+        assert torch.equal(one["seeds"], other["seeds"])
+
+    def test_a_distance_beyond_every_video_is_none(self, folder: Path) -> None:
+        for step in range(5):
+            assert equal(open_loader(folder).batch(step), open_loader(folder, distance=100).batch(step))
 
     def test_seeds_differ_per_view_epoch_and_sample(self, folder: Path) -> None:
         loader = open_loader(folder, batch_size=NUM_SAMPLES)
@@ -199,6 +222,10 @@ class TestConfig:
         with pytest.raises(ConfigError, match=f"{name} = {value}"):
             LoaderConfig(**{name: value})  # type: ignore[arg-type]
 
+    def test_bad_distance(self) -> None:
+        with pytest.raises(ConfigError, match="distance = -1: must be 0 frames or more"):
+            LoaderConfig(distance=-1)
+
     def test_what_does_not_fit(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="4 does not divide by the 3 workers"):
             open_loader(folder, world_size=3)
@@ -254,7 +281,7 @@ class TestWindowReader:
         folder = make_token_dataset(tmp_path / "many", [[2]] * 12)
         everything = np.arange(12)
         expected = WindowReader(folder, "all", (2, *GRID), PAD).read(everything, everything * 0)
-        monkeypatch.setattr(loader_module, "_MAX_OPEN_SHARDS", 3)
+        monkeypatch.setattr(shard_files_module, "_MAX_OPEN_SHARDS", 3)
         reader = WindowReader(folder, "all", (2, *GRID), PAD)
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         for _ in range(2):
@@ -267,3 +294,42 @@ class TestWindowReader:
         os.truncate(shard_path(folder, 0), 700)
         with pytest.raises(DatasetError, match="00000 is cut off; run `tokenreel verify"):
             self.read(folder, 0, 26)
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips, each in two views of the model's size and one of twice that."""
+    folder = tmp_path_factory.mktemp("views")
+    meta = create_or_resume(folder, describe())
+    writer = open_writer(folder)
+    for clip in range(3):
+        for view, scale in (("16c", 1), ("16cf", 1), ("32c", 2)):
+            grid = (GRID[0] * scale, GRID[1] * scale)
+            row = make_row(f"{clip:05d}-{view}", 5, clip_key=f"{clip:05d}", view=view, height=grid[0], width=grid[1])
+            add_codes(writer, row, np.full((5, *grid), clip, np.uint16))
+    writer.commit(9, [])
+    finish(folder, meta, Ledger())
+    return folder
+
+
+class TestViews:
+    @pytest.mark.parametrize(
+        ("grid", "names", "expected"),
+        [(GRID, (), ["16c", "16cf"]), (GRID, ("16cf",), ["16cf"]), ((GRID[0] * 2, GRID[1] * 2), (), ["32c"])],
+    )
+    def test_of_the_right_size_and_name(
+        self, views: Path, grid: tuple[int, int], names: tuple[str, ...], expected: list[str]
+    ) -> None:
+        config = LoaderConfig(batch_size=3, views=names)
+        loader = TokenLoader(views, config, window=(T, *grid), num_views=1, pad=PAD, rank=0, world_size=1)
+        assert len(loader) == 3 * len(expected)
+        epoch = [loader.batch(step) for step in range(len(expected))]
+        keys = [key for batch in epoch for key in batch["keys"]]
+        assert sorted(keys) == [f"{clip:05d}-{view}" for clip in range(3) for view in expected]
+        for batch in epoch:
+            assert [int(key[:5]) for key in batch["keys"]] == batch["tokens"][:, 0, 0, 0, 0].tolist()
+            assert batch["tokens"].shape[2:] == (T, *grid)
+
+    def test_a_size_that_is_not_there(self, views: Path) -> None:
+        with pytest.raises(ConfigError, match="holds grids of"):
+            WindowReader(views, "train", (T, 3, 3), PAD)

@@ -71,6 +71,21 @@ def test_resume_needs_no_past(shards: np.ndarray, start: int, length: int) -> No
         np.testing.assert_array_equal(before, after)
 
 
+@settings(deadline=None)
+@given(shards=shard_lists, start=st.integers(0, 500), per_block=st.integers(1, 12), num_blocks=st.integers(1, 3))
+def test_shards_ahead(shards: np.ndarray, start: int, per_block: int, num_blocks: int) -> None:
+    """Block by block, the shards in the order in which the sequence comes to them."""
+    order = make_order(shards, shards_per_block=per_block)
+    ahead = order.shards_ahead(start, num_blocks)
+    assert len(ahead) == num_blocks
+    for block in ahead:
+        stop = start
+        while order.block_of(stop) == order.block_of(start):
+            stop += 1
+        assert block == list(dict.fromkeys(shards[order.samples(start, stop)[1]].tolist()))
+        start = stop
+
+
 def test_what_the_order_depends_on() -> None:
     shards = np.repeat(np.arange(10), 10)
 
@@ -87,6 +102,14 @@ def test_the_order_is_fixed_for_good() -> None:
     """A resumed run may meet a newer numpy; if its generator changed, the order would, and this says so."""
     order = make_order(np.repeat(np.arange(3), 3), seed=7, fingerprint="abc", shards_per_block=2)
     np.testing.assert_array_equal(order.samples(0, 9)[1], [7, 4, 8, 6, 3, 5, 2, 0, 1])
+
+
+@pytest.mark.parametrize(("epoch", "digest"), [(0, "a5934e8f629398ca"), (3, "f0b81c0fc680cc54")])
+def test_a_larger_order_is_fixed_for_good(epoch: int, digest: str) -> None:
+    """Blocks of several shards of unequal sizes, numbers left out: what a run in progress has seen already."""
+    shards = np.repeat([2, 3, 5, 8, 9, 11, 12], [40, 1, 77, 13, 60, 9, 100])
+    samples = make_order(shards, seed=3, fingerprint="abc", shards_per_block=3).samples(epoch * 300, epoch * 300 + 300)
+    assert hashlib.sha256(samples[1].astype("<i8").tobytes()).hexdigest()[:16] == digest
 
 
 class TestSeeds:

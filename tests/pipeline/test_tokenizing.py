@@ -185,7 +185,7 @@ class TestViews:
                 assert read_payload(Store.at(tmp_path / "all"), ours) == read_payload(
                     Store.at(tmp_path / view.name), row
                 )
-                mirrored = rows[f"{ours['key']}-flip"]
+                mirrored = rows[f"{ours['key']}f"]
                 assert mirrored["sha256"] != ours["sha256"] and mirrored["num_frames"] == ours["num_frames"]
 
     def test_a_mirrored_frame(self, clips: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ class TestViews:
         clip = read_index(clips).to_pylist()[0]
         frames = decode_clip(Store.at(clips), clip, SETTINGS)
         assert isinstance(frames, np.ndarray)
-        row = next(row for row in read_index(tmp_path).to_pylist() if row["key"] == f"{clip['key']}-16-center-flip")
+        row = next(row for row in read_index(tmp_path).to_pylist() if row["key"] == f"{clip['key']}-16cf")
         assert read_payload(Store.at(tmp_path), row) == hash_frames(frames[:, :, ::-1]).tobytes()
 
     def test_a_clip_that_fails_costs_each_of_its_views(self, clips: Path, tmp_path: Path) -> None:
