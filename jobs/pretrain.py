@@ -99,7 +99,7 @@ def run(config: PretrainConfig) -> JobResult:
         "pretrain",
         config.out,
         config,
-        functools.partial(_build, replace(config, tokens=source.url, loader=loader)),
+        functools.partial(build, replace(config, tokens=source.url, loader=loader)),
         inputs,
         functools.partial(_export, config),
         functools.partial(_conclude, config),
@@ -196,7 +196,8 @@ def load_objective(config: PretrainConfig, checkpoint: Path) -> VimpacObjective:
     return objective.eval()
 
 
-def _build(config: PretrainConfig, context: Context) -> Task:
+def build(config: PretrainConfig, context: Context) -> Task:
+    """What a worker trains."""
     batches = make_loader(config, rank=context.rank, world_size=context.world_size)
     objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
     fixed = batches.batch(0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs import pretrain
@@ -17,6 +15,7 @@ from jobs.journal import read_journal
 from pipeline.dataset import read_meta
 from tests.conftest import Stages, small_pretrain_config, small_shard_config, small_tokenize_config
 from tests.e2e.command import kill_command, run_command
+from tests.e2e.training import find_train_worker
 
 
 def dataset_files(folder: Path) -> dict[str, bytes]:
@@ -66,15 +65,6 @@ def test_a_killed_training_run_resumes_to_identical_losses(stages: Stages, clust
         assert (out / last).read_bytes() == (stages.model / last).read_bytes()
 
 
-def _find_train_worker() -> psutil.Process:
-    """A Ray Train worker of this session's cluster; there may be others on the machine."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                return process
-    raise AssertionError("no Ray Train worker is running")
-
-
 def losses(journal: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_journal(journal)]
 
@@ -89,7 +79,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_loss(stages: Stages, cluster
     def kill_one() -> None:
         while not any(row["step"] >= 5 for row in read_journal(journal)):
             time.sleep(0.01)
-        _find_train_worker().kill()
+        find_train_worker().kill()
         killed.set()
 
     threading.Thread(target=kill_one, daemon=True).start()

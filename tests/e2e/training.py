@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from jobs.pretrain import PretrainConfig
 from jobs.recipes import debug
@@ -34,3 +37,12 @@ def make_config(tokens: Path, out: Path, workers: WorkersConfig, *, layers: int 
         loop=replace(recipe.loop, picture_every_steps=0, **loop),
         workers=workers,
     )
+
+
+def find_train_worker() -> psutil.Process:
+    """A Ray Train worker of this session's cluster; there may be others on the machine."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                return process
+    raise AssertionError("no Ray Train worker is running")
