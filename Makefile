@@ -24,7 +24,7 @@ demo: setup
 WORKERS ?= 2
 
 test: setup
-	$(BIN)/python -m pytest $(or $(TESTS),--numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(or $(TESTS),--numprocesses $(WORKERS) --no-loadscope-reorder)
 
 lint: setup
 	$(BIN)/ruff check .

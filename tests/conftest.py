@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,18 +28,34 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+@functools.cache
+def _needs_cluster(file: str) -> bool:
+    """Whether a test of this file asks for the cluster, or for something that does."""
+    text = Path(__file__).parent.parent.joinpath(file).read_text()
+    return bool(re.search(r"def \w+\([^)]*\b(cluster|stages|unbroken)\b", text))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `make test`, which runs the suite in two processes: the files that need the Ray cluster go to one of them, so that
+    there is one cluster; the others are handed out whole, for the sake of their fixtures.
+
+    pytest-xdist's own groups (3.8) have no effect under pytest 9.2, which keeps the name of a test to itself.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "cluster" if _needs_cluster(file) else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `make test`, which runs the suite in several processes: whatever needs the Ray cluster is one process's, from
-    the beginning, so that there is one cluster; the other files are handed out whole, for the sake of their fixtures."""
+    """The process with the cluster has the most to do, so it begins at once."""
     if hasattr(config, "workerinput"):  # set by pytest-xdist, in its processes
-        items.sort(key=lambda item: not _needs_cluster(item))
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("cluster" if _needs_cluster(item) else item.path.stem))
-
-
-def _needs_cluster(item: pytest.Item) -> bool:
-    return "cluster" in getattr(item, "fixturenames", ())
+        items.sort(key=lambda item: not _needs_cluster(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
