@@ -57,7 +57,7 @@ def test_tokens_are_those_of_their_own_frames(stages: Stages) -> None:
     reader = WindowReader(stages.tokens, "all", (4, 8, 8), pad=65)
     clips = {row["key"]: row for row in read_index(stages.clips).to_pylist()}
     for sample in (0, len(reader) // 2, len(reader) - 1):
-        frames = decode_clip(Store.at(stages.clips), clips[reader.keys[sample]], settings)
+        frames = decode_clip(Store.at(stages.clips), clips[reader.read_keys(np.array([sample]))[0]], settings)
         assert isinstance(frames, np.ndarray)
         codes = tokenizer.encode(torch.from_numpy(frames[:4].copy())).numpy()
         stored = reader.read(np.array([sample]), np.array([0]))[0]
