@@ -69,5 +69,5 @@ class FrameEncoder:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # On CPUs these are plain RuntimeErrors: of torch's allocator, and of oneDNN where it has no room for its code.
-    words = ("not enough memory", "can't allocate memory", "could not create a memory", "could not create a primitive")
+    words = ("not enough memory", "can't allocate memory", "could not create a", "could not execute a primitive")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
