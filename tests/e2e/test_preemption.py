@@ -72,12 +72,3 @@ def test_sigterm_to_a_worker_costs_no_step_and_a_run_may_go_on_with_others(clust
     assert run_id == resized.mlflow_run_id
     expected = [row["loss"] for row in read_journal(tmp_path / "whole" / JOURNAL_NAME)]
     assert [row["loss"] for row in rows][:20] == pytest.approx(expected[:20], rel=1e-3)
-
-
-def test_a_worker_that_the_batch_does_not_divide_by_stands_by(cluster: str, tmp_path: Path) -> None:
-    tokens = make_tokens(tmp_path / "tokens")
-    elastic = WorkersConfig(num_workers=2, min_workers=1)
-    config = make_config(tokens, tmp_path / "run", elastic, steps=6, save_every_steps=6)
-    result = pretrain.run(replace(config, loader=replace(config.loader, batch_size=3)))
-    assert result.committed == 6
-    assert {row["num_workers"] for row in read_journal(tmp_path / "run" / JOURNAL_NAME)} == {1}

@@ -9,14 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import pretrain
 from jobs.checkpoint import list_checkpoints, read_cursor
 from jobs.config import save_config
-from jobs.journal import read_journal
+from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.pretrain import PretrainConfig
 from jobs.training import WorkersConfig
 from tests.e2e.training import make_config, make_tokens
@@ -149,3 +151,16 @@ def test_a_node_that_is_drained_costs_no_step(own_cluster: OwnCluster, tmp_path:
         run.end()
     finally:
         run.kill()
+
+
+def test_a_worker_that_the_batch_does_not_divide_by_stands_by(
+    cluster: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--fault-runs"):
+        pytest.skip("takes over a minute: make faults")
+    tokens = make_tokens(tmp_path / "tokens")
+    elastic = WorkersConfig(num_workers=2, min_workers=1)
+    config = make_config(tokens, tmp_path / "run", elastic, steps=6, save_every_steps=6)
+    result = pretrain.run(replace(config, loader=replace(config.loader, batch_size=3)))
+    assert result.committed == 6
+    assert {row["num_workers"] for row in read_journal(tmp_path / "run" / JOURNAL_NAME)} == {1}

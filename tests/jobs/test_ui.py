@@ -52,4 +52,4 @@ def test_serves_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 time.sleep(0.2)
     finally:
         process.send_signal(2)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
