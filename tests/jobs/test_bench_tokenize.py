@@ -63,7 +63,6 @@ def test_table_of_a_tokenizer(tmp_path: Path) -> None:
     saved = Measured.load(tmp_path / "speeds.json").encode[result.figures["device"]]
     assert [(one.size_px, one.precision) for one in saved] == sorted(rows, key=lambda row: (row[0], row[1]))
     assert {one.frames_per_s for one in saved} == {row["frames_per_s"] for row in rows.values()}
-    assert rows[64, "fp32"]["frames_per_s"] > rows[128, "fp32"]["frames_per_s"]
 
 
 def test_without_a_tokenizer_both_kinds_of_full_size(monkeypatch: pytest.MonkeyPatch) -> None:

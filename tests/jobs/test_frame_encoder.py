@@ -60,7 +60,7 @@ def run_in_little_memory(folder: Path, size_px: int, room_bytes: int) -> tuple[l
 
 def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path)
-    codes, messages = run_in_little_memory(folder, 512, 150 * 2**20)
+    codes, messages = run_in_little_memory(folder, 512, 300 * 2**20)
     assert not isinstance(codes, str), codes
     for found in codes:
         np.testing.assert_array_equal(found, FrameEncoder(folder, "cpu", "fp32")(frames_of(512)))
