@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,13 @@ def test_serves_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = f"from jobs.ui import UiConfig, run; run(UiConfig(port={port}))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        # Where the suite runs in the background of a shell, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline_s = time.monotonic() + 120
         while True:
@@ -51,5 +58,5 @@ def test_serves_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert time.monotonic() < deadline_s and process.poll() is None
                 time.sleep(0.2)
     finally:
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
