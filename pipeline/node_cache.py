@@ -101,7 +101,8 @@ class NodeCache:
 
     def used_bytes(self) -> int:
         """Bytes of all files, those that are being made counted as whole."""
-        return sum(entry.size_bytes for entry in self._entries())
+        with self._lock("room"):
+            return sum(entry.size_bytes for entry in self._entries())
 
     def _find(self, name: str) -> int | None:
         try:
@@ -124,7 +125,8 @@ class NodeCache:
             with os.fdopen(os.dup(file), "wb+") as whole:
                 make(whole)
             os.fsync(file)
-            scratch.rename(path)
+            with self._lock("room"):  # or a count of the room in between would find it under neither name
+                scratch.rename(path)
             sync_path(path.parent)
             fcntl.flock(file, fcntl.LOCK_SH)
         except BaseException as error:

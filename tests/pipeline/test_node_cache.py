@@ -158,6 +158,26 @@ def test_one_makes_it_and_the_others_wait(cache: NodeCache) -> None:
     assert maker.calls == 1
 
 
+def test_a_file_changes_its_name_only_while_nobody_counts(cache: NodeCache) -> None:
+    """Else a count between the listing and the renaming finds it under neither name, and the cache outgrows its bound."""
+    going, goes_on = threading.Event(), threading.Event()
+
+    def slow(file: IO[bytes]) -> None:
+        going.set()
+        goes_on.wait(10)
+        Maker()(file)
+
+    writer = threading.Thread(target=lambda: os.close(cache.open("d/a", 100, slow)))
+    writer.start()
+    assert going.wait(10)
+    with cache._lock("room"):
+        goes_on.set()
+        time.sleep(0.2)
+        assert all(name.endswith(".tmp") for name in names(cache))
+    writer.join()
+    assert names(cache) == {"a"}
+
+
 def test_a_killed_writer_leaves_room_and_no_file(cache: NodeCache) -> None:
     program = "def make(file):\n    file.write(b'half')\n    file.flush()\n    print('half', flush=True)\n    time.sleep(60)\n"
     with another_process(cache, program + "cache.open('d/a', 300, make)") as process:

@@ -19,6 +19,7 @@ from pipeline import shard_files
 from pipeline.dataset import shard_path
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
+from pipeline.node_cache import NodeCache
 from tests.object_server import Fault, ObjectServer, serve_objects
 from tests.pipeline.datasets import GRID, PAD, make_token_dataset
 
@@ -87,8 +88,7 @@ def test_the_bound_holds(server: ObjectServer, local: Path, tmp_path: Path) -> N
     reference = open_loader(local, tmp_path / "local")
     for step in range(3 * len(loader) // 4):
         assert torch.equal(loader.batch(step)["tokens"], reference.batch(step)["tokens"])
-        used = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*") if path.suffix != ".tmp")
-        assert used <= bound
+        assert NodeCache(tmp_path / "cache", bound).used_bytes() <= bound
     assert sum(fetched(server).values()) > len(LENGTHS)
 
 
