@@ -33,12 +33,25 @@ from models.optim import OptimConfig
 from pipeline.dataset import config_differences, require_unused
 from pipeline.errors import ConfigError, TokenreelError
 from pipeline.files import write_atomic
+from pipeline.order import ORDER_VERSION
 from pipeline.schema import fingerprint
 
 log = logging.getLogger(__name__)
-_NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from")
-"""Settings that may change between a run and its resume; inputs count by fingerprint, not by where they lie."""
-_NOT_IDENTITY_OF_LOADER = ("cache",)
+_NOT_IDENTITY = {
+    "": {"workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from"},
+    "loader": {"cache"},
+    "loop": {
+        "keep_checkpoints",
+        "picture_every_steps",
+        "parallel",
+        "recompute",
+        "compile",
+        "fetch_every_steps",
+        "peak_tflops",
+    },
+}
+"""Settings, by group, that may change between a run and its resume: they say where and how fast it runs, and what it writes
+on the way; inputs count by fingerprint, not by where they lie."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,12 +192,10 @@ def run_training(
 
 def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
     """Create or check the run folder; returns the run's fingerprint."""
-    plain = to_plain(config)
-    identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
-    if "loader" in identity:
-        identity["loader"] = {
-            key: value for key, value in identity["loader"].items() if key not in _NOT_IDENTITY_OF_LOADER
-        }
+    identity = {key: value for key, value in to_plain(config).items() if key not in _NOT_IDENTITY[""]}
+    for group in _NOT_IDENTITY.keys() & identity.keys():
+        identity[group] = {key: value for key, value in identity[group].items() if key not in _NOT_IDENTITY[group]}
+    identity["order_version"] = ORDER_VERSION
     identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
     marker = out / MARKER_NAME
     if marker.exists():
