@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import time
 import uuid
@@ -242,13 +243,17 @@ def _fit(
     with connect(), follow(out / JOURNAL_NAME, job, config.steps):
         resources = _choose_resources(workers)  # once: after a preemption the cluster is smaller for a while
         for num_preemptions in range(workers.max_preemptions + 1):
+            on_interrupt = signal.getsignal(signal.SIGINT)
             try:
                 outcome: _Outcome = _make_trainer(out, workers, settings, resources).fit().return_value
+            except SystemExit:  # how Ray Train ends the driver at Ctrl-C, with code 0
+                raise KeyboardInterrupt from None
             except Exception as error:  # Ray wraps whatever a worker raised
                 raise TrainingFailed(
                     f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
                 ) from error
             finally:
+                signal.signal(signal.SIGINT, on_interrupt)
                 shutil.rmtree(out / "ray", ignore_errors=True)
             if outcome.error:
                 raise TrainingFailed(outcome.error)
