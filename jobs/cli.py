@@ -36,6 +36,9 @@ class _Job:
 _JOBS = {
     "doctor": _Job(module="jobs.doctor", config="DoctorConfig", summary="check this machine, and say what to do"),
     "demo": _Job(module="jobs.demo", config="DemoConfig", summary="run every stage on real videos, here"),
+    "manifest": _Job(
+        module="jobs.manifest", config="ManifestConfig", summary="UCF101, HMDB51, SSV2, Diving48, Kinetics -> manifest"
+    ),
     "shard": _Job(module="jobs.shard", config="ShardConfig", summary="videos -> clip dataset"),
     "train-tokenizer": _Job(
         module="jobs.train_tokenizer", config="TrainTokenizerConfig", summary="clips -> VQ-VAE tokenizer"
