@@ -1,4 +1,5 @@
-"""The folder of a trained model, pre-trained or a classifier, which our own loader and MLflow's both read, and in which nothing is a pickle of ours.
+"""The folder of a model, pre-trained or a classifier, that our own loader and MLflow's both read; nothing in it is a pickle of
+ours.
 
 model/
   model.safetensors, config.json    weights of backbone and heads, and what to build them into: `load_model`,

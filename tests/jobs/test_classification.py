@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.classification import ClassifyConfig, _select, _write, evaluate_runs, is_finetuned, mean_over_runs, measure
+from jobs.classification import ClassifyConfig, _select, evaluate_runs, is_finetuned, mean_over_runs, measure
+from jobs.classification_report import write_report
 from jobs.confusion import draw_confusion
 from jobs.evaluate import EvaluateConfig, run
 from jobs.finetune import PLAIN, make_classifier, open_clips, predict
@@ -93,7 +94,7 @@ def test_the_report_has_page_numbers_picture_and_predictions(tokens: Path, tmp_p
     clips, chosen, labels = held_out(tokens)
     report = measure(clips, chosen, labels, CLASSES, plant(np.zeros_like(labels), 0.7), ClassifyConfig())
     report.figures.update(split="test", checkpoint_step=8, selected_by="being the last", num_clips=2, crops=["center"])
-    page, results, picture, predictions = _write(tmp_path, report, title="a <run>")
+    page, results, picture, predictions = write_report(tmp_path, report, title="a <run>")
     found = json.loads(results.read_text())
     assert found["top1"] == pytest.approx(1 / 3) and found["confusion"] == [[8, 0, 0]] * 3
     assert found["per_class"][1] == {
