@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -18,7 +19,8 @@ from jobs.evaluate import EvaluateConfig
 from jobs.journal import read_journal
 from jobs.model_folder import load_classifier
 from jobs.training import WorkersConfig
-from pipeline.dataset import read_meta
+from pipeline.dataset import read_index, read_meta
+from pipeline.labelled import LabelledConfig
 from tests.conftest import Stages
 from tests.jobs.labelled_tokens import CLASSES, NETWORK, make_config, make_labelled_tokens
 
@@ -31,11 +33,16 @@ def test_a_classifier_from_a_pretrained_run(stages: Stages, mlflow_uri: str, tmp
     tokens = make_labelled_tokens(
         tmp_path / "tokens", {"train": 8, "val": 3, "test": 4}, grid=(8, 8), views=("",), tokenizer=tokenizer
     )
+    manifest = tmp_path / "splits.csv"  # says what the tokens say
+    named = read_index(tokens, ["source", "label", "split"]).to_pylist()
+    lines = [f"{row['source']},{row['label']},{row['split']}\n" for row in named]
+    manifest.write_text("video,label,split\n" + "".join(lines))
     config = make_config(
         tokens,
         tmp_path / "run",
         from_run=stages.model,
         epochs=12.0,
+        loader=LabelledConfig(batch_size=12, fps=8.0, splits=manifest),
         backbone=replace(NETWORK, grid_height=8, grid_width=8),
         workers=WorkersConfig(num_workers=2),
         register_as="tokenreel-classifier-test",
@@ -56,7 +63,9 @@ def test_a_classifier_from_a_pretrained_run(stages: Stages, mlflow_uri: str, tmp
     client = MlflowClient(mlflow_uri)
     tags = client.get_run(result.mlflow_run_id).data.tags
     assert stages.results["pretrain"].mlflow_run_id in tags["tokenreel.parent_run_id"]
-    assert tags["tokenreel.parent_fingerprint"].split(",") == ["f" * 32, stages.results["pretrain"].fingerprint]
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:32]
+    parents = ["f" * 32, stages.results["pretrain"].fingerprint, digest]
+    assert tags["tokenreel.parent_fingerprint"].split(",") == parents
     codes = torch.randint(64, (2, *NETWORK.shape[:1], 8, 8))
     theirs = mlflow.pytorch.load_model("models:/tokenreel-classifier-test@final")(codes)
     with torch.inference_mode():
