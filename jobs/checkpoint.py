@@ -36,12 +36,14 @@ STATE_NAME = "state.json"
 class Cursor:
     """Where a run stands: `step` steps are done, and consumed the keys that `keys_digest` (hex) sums up.
 
-    `recent_loss` is the mean loss of the last `save_every_steps` steps; None before the first.
+    `recent_loss` is the mean loss of the last `save_every_steps` steps; None before the first. `val_accuracy` is that on the
+    validation split; None where the run has none, or was told to stop here.
     """
 
     step: int = 0
     keys_digest: str = ""
     recent_loss: float | None = None
+    val_accuracy: float | None = None
 
 
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -62,7 +64,7 @@ class CheckpointSaver:
     with an average of them) once.
 
     Args:
-        keep: newest checkpoints that stay; the one of the lowest recent loss stays besides.
+        keep: newest checkpoints that stay; the best one, by `best_checkpoint`, stays besides.
         saved: called in the background with each checkpoint's folder once it is whole, such as to upload it.
     """
 
@@ -145,13 +147,18 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The checkpoint with the lowest recent loss; the newest of equals. The run must have one."""
+    """The checkpoint with the highest accuracy on the validation split, or, in a run without one, with the lowest recent
+    loss; the newest of equals. The run must have a checkpoint."""
+    cursors = {checkpoint: read_cursor(checkpoint) for checkpoint in reversed(list_checkpoints(run))}
+    is_validated = any(cursor.val_accuracy is not None for cursor in cursors.values())
 
-    def recent_loss(checkpoint: Path) -> float:
-        loss = read_cursor(checkpoint).recent_loss
-        return math.inf if loss is None else loss
+    def badness(checkpoint: Path) -> float:
+        cursor = cursors[checkpoint]
+        accuracy = None if cursor.val_accuracy is None else -cursor.val_accuracy
+        value = accuracy if is_validated else cursor.recent_loss
+        return math.inf if value is None else value
 
-    return min(reversed(list_checkpoints(run)), key=recent_loss)
+    return min(cursors, key=badness)
 
 
 def read_cursor(checkpoint: Path) -> Cursor:

@@ -36,6 +36,9 @@ class _Job:
 _JOBS = {
     "doctor": _Job(module="jobs.doctor", config="DoctorConfig", summary="check this machine, and say what to do"),
     "demo": _Job(module="jobs.demo", config="DemoConfig", summary="run every stage on real videos, here"),
+    "manifest": _Job(
+        module="jobs.manifest", config="ManifestConfig", summary="UCF101, HMDB51, SSV2, Diving48, Kinetics -> manifest"
+    ),
     "shard": _Job(module="jobs.shard", config="ShardConfig", summary="videos -> clip dataset"),
     "train-tokenizer": _Job(
         module="jobs.train_tokenizer", config="TrainTokenizerConfig", summary="clips -> VQ-VAE tokenizer"
@@ -48,6 +51,9 @@ _JOBS = {
         module="jobs.dedup", config="DedupConfig", summary="near-duplicates in tokens -> a list of samples to keep"
     ),
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
+    "finetune": _Job(
+        module="jobs.finetune", config="FinetuneConfig", summary="labelled tokens -> action classifier, by recipe"
+    ),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
     "inspect": _Job(
@@ -95,6 +101,12 @@ _JOBS = {
     ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
+
+_RECIPES = {
+    "PretrainConfig": ("jobs.recipes", "--tokens TOKENS --out RUN"),
+    "FinetuneConfig": ("jobs.finetune_recipes", "TOKENS OUT [--from-run RUN]"),
+}
+"""Configs that begin as a recipe: the module that has them, and what a command names besides."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,19 +166,18 @@ def _run_job(name: str, argv: list[str]) -> JobResult:
 
 def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
     default = None
-    if kind.__name__ == "PretrainConfig":
-        from jobs.recipes import RECIPES, find_recipe
-
+    if kind.__name__ in _RECIPES:
+        module, words = _RECIPES[kind.__name__]
+        recipes = importlib.import_module(module)
         if not argv or argv[0].startswith("-"):
             if argv and argv[0] in ("-h", "--help"):
-                print(f"usage: {program} RECIPE --tokens TOKENS --out RUN [options]\n\nrecipes:")
-                print(
-                    "\n".join(f"  {name:<26} {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
-                )
+                print(f"usage: {program} RECIPE {words} [options]\n\nrecipes:")
+                lines = {name: (make.__doc__ or "").splitlines()[0] for name, make in recipes.RECIPES.items()}
+                print("\n".join(f"  {name:<26} {line}" for name, line in lines.items()))
                 print(f"\n{program} RECIPE --help lists the options with that recipe's values.")
                 raise SystemExit(0)
-            raise ConfigError(f"{program}: the recipe comes first; allowed: {', '.join(RECIPES)}")
-        default, program, argv = find_recipe(argv[0]), f"{program} {argv[0]}", argv[1:]
+            raise ConfigError(f"{program}: the recipe comes first; allowed: {', '.join(recipes.RECIPES)}")
+        default, program, argv = recipes.find_recipe(argv[0]), f"{program} {argv[0]}", argv[1:]
     saved, argv = _take_option(argv, "--config")
     if saved is not None:
         from jobs.config import load_config

@@ -125,7 +125,7 @@ def _dedup(config: DedupConfig, store: Store, meta: DatasetMeta, out: Store, scr
     found = find(store, meta, index, config.settings, scratch)
     near = found.scores >= config.settings.min_score
     pairs, scores, offsets_s = found.pairs[near], found.scores[near], found.offsets_s[near]
-    is_val = pc.equal(index["split"], "val").to_numpy()
+    is_val = pc.not_equal(index["split"], "train").to_numpy()  # test is held out as well
     choice = choose_kept(pairs, scores, is_val, index["num_frames"].to_numpy(), index["key"].to_pylist())
     groups = _groups(index, choice, pairs, scores, offsets_s)
     stays = choice.duplicate_of < 0

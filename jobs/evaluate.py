@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from jobs.checkpoint import list_checkpoints
+from jobs.classification import ClassifyConfig, evaluate_runs, is_finetuned
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.folder import lock_folder
@@ -38,17 +39,23 @@ _SHEET_CLIPS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Measure a pre-trained model: masked-token accuracy against the unigram baseline, frozen-feature probes against
-    the same network untrained, and a contact sheet to look at."""
+    """Measure a trained model, and write a page to look at.
+
+    Pre-trained: masked-token accuracy against the unigram baseline, and frozen-feature probes against the same network untrained.
+    Fine-tuned: accuracy on the test split over several windows and crops, with intervals, by class, and its calibration.
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a run, made by `tokenreel pretrain`."""
+    """Folder of a run, made by `tokenreel pretrain` or `tokenreel finetune`."""
+    more_runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
+    """Further fine-tuned runs, such as of the other official splits: each is tested, and the mean reported."""
     tokens: str | None = None
     """Token dataset to measure on; by default the one that the run was trained on."""
     max_windows: int = 256
-    """Windows, at most, that each figure is measured on."""
+    """Windows, at most, that each figure of a pre-trained model is measured on."""
     batch_size: int = 32
     """Windows that go through the model at a time."""
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
 
     def __post_init__(self) -> None:
         if min(self.max_windows, self.batch_size) < 1:
@@ -56,6 +63,10 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> JobResult:
+    if is_finetuned(config.run):
+        return evaluate_runs((config.run, *config.more_runs), config.tokens, config.batch_size, config.classify)
+    if config.more_runs or config.classify != ClassifyConfig():
+        raise ConfigError(f"several runs and classify options are for fine-tuned runs; {config.run} is none")
     started_s = time.monotonic()
     trained = load_run(config.run)
     tokens = Store.at(config.tokens or trained.tokens)
@@ -105,7 +116,9 @@ def load_run(run: Path) -> PretrainConfig:
         ConfigError: `run` is no such folder.
     """
     if not (run / CONFIG_NAME).exists() or not list_checkpoints(run):
-        raise ConfigError(f"{run} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain`")
+        raise ConfigError(
+            f"{run} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain` or `tokenreel finetune`"
+        )
     return load_config(run / CONFIG_NAME, PretrainConfig)
 
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,6 +41,8 @@ from models.optim import OptimConfig
 __all__ = ["Batches", "Context", "LoopConfig", "NonFiniteLoss", "seed_everything", "train"]
 
 log = logging.getLogger(__name__)
+Fractions = Mapping[str, tuple[float, float]]
+"""Metrics as (part, whole), which are summed before they are divided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,8 @@ class LoopConfig:
     save_every_steps: int = 100
     """Steps between two checkpoints; the last step always makes one, and so does a preemption."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay on disk, besides the one with the lowest mean loss over the save_every_steps before it."""
+    """Newest checkpoints that stay on disk, besides the one with the lowest mean loss over the save_every_steps before it, or,
+    where there is a validation split, the highest accuracy on it."""
     picture_every_steps: int = 100
     """Steps between two pictures (reconstructions or predictions); 0 draws none."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -143,6 +146,7 @@ def train(
     config: LoopConfig,
     optim: OptimConfig,
     draw: Callable[[nn.Module, int], None] | None = None,
+    validate: Callable[[nn.Module], Fractions] | None = None,
 ) -> Cursor:
     """Train `objective` to `config.steps`, from the newest checkpoint of `context.run` if there is one.
 
@@ -152,10 +156,17 @@ def train(
     Args:
         objective: `forward(part)` returns an `Output` of models/objective.py; the loss is the sum of its losses.
         draw: called on rank 0 with the objective (in eval mode) and the number of steps done, to write pictures.
+        validate: called on every rank, with the objective in eval mode, before each checkpoint of the schedule; measures this
+            rank's share. Each name is logged as the sum of the parts over the sum of the wholes; checkpoints are compared by
+            `val_accuracy`, which must be among them. Not with loop.parallel fsdp.
 
     Raises:
         NonFiniteLoss: names the step and the keys of its batch.
     """
+    if validate is not None and config.parallel == "fsdp":
+        raise ValueError(
+            "loop: parallel is 'fsdp', which cannot validate: ranks would gather weights at different times"
+        )
     objective.to(context.device).train()
     checkpoint = next(reversed(list_checkpoints(context.run)), None)
     cursor = Cursor()
@@ -194,6 +205,11 @@ def train(
             if context.rank == 0 and config.parallel == "ddp":
                 _draw(objective, cursor.step, config, draw)
             if is_stopping or cursor.step == config.steps or cursor.step % config.save_every_steps == 0:
+                if validate is not None and (not is_stopping or cursor.step == config.steps):
+                    accuracies = _validate(objective, validate, context)
+                    cursor = replace(cursor, val_accuracy=accuracies["val_accuracy"])
+                    if journal is not None:
+                        journal.log(cursor.step, accuracies)
                 begun = time.perf_counter()
                 state = whole_state(objective, step.optimizer)
                 if saver is not None:
@@ -294,6 +310,18 @@ def _draw(objective: nn.Module, step: int, config: LoopConfig, draw: Callable[[n
         objective.eval()
         draw(objective, step)
         objective.train()
+
+
+@torch.no_grad()
+def _validate(objective: nn.Module, validate: Callable[[nn.Module], Fractions], context: Context) -> dict[str, float]:
+    objective.eval()
+    shares = validate(objective)
+    objective.train()
+    sums = torch.tensor(list(shares.values()), dtype=torch.float64)
+    if context.world_size > 1:
+        sums = sums.to(context.device)
+        dist.all_reduce(sums)
+    return {name: part / whole for name, (part, whole) in zip(shares, sums.tolist(), strict=True)}
 
 
 def _extend(digest: str, keys: list[str], context: Context) -> tuple[str, bool]:

@@ -1,25 +1,30 @@
-"""The folder of a pre-trained model, which our own loader and MLflow's both read, and in which nothing is a pickle of ours.
+"""The folder of a model, pre-trained or a classifier, that our own loader and MLflow's both read; nothing in it is a pickle of
+ours.
 
 model/
-  model.safetensors, config.json    weights of backbone and heads, and what to build them into: `load_model`
+  model.safetensors, config.json    weights of backbone and heads, and what to build them into: `load_model`,
+                                    `load_classifier`; a classifier's labels stand there too, by class number
   run_config.json                   the resolved config of the run
-  MLmodel, data/model.pt2, ...      the backbone as a traced graph: `mlflow.pytorch.load_model`
+  MLmodel, data/model.pt2, ...      the backbone, or the classifier, as a traced graph: `mlflow.pytorch.load_model`
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jobs.config import CONFIG_NAME
+from models.classifier import VimpacClassifier
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
 
@@ -29,15 +34,16 @@ _DESCRIPTION = "config.json"
 _RUN_CONFIG = "run_config.json"
 
 
-def write_model(folder: Path, objective: VimpacObjective, run: Path) -> None:
-    """Write the weights of `objective`, its description, and the config of `run`, which `load_model` reads."""
+def write_model(folder: Path, objective: VimpacObjective | VimpacClassifier, run: Path) -> None:
+    """Write the weights of `objective`, its description, and the config of `run`."""
     folder.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in objective.state_dict().items()}, folder / _WEIGHTS)
-    description = {
-        "kind": "vimpac",
-        "backbone": asdict(objective.backbone.config),
-        "objective": asdict(objective.config),
-    }
+    own: dict[str, Any] = (
+        {"kind": "vimpac-classifier", "classes": list(objective.classes)}
+        if isinstance(objective, VimpacClassifier)
+        else {"kind": "vimpac", "objective": asdict(objective.config)}
+    )
+    description = {**own, "backbone": asdict(objective.backbone.config)}
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     shutil.copyfile(run / CONFIG_NAME, folder / _RUN_CONFIG)
 
@@ -62,6 +68,32 @@ def load_model(folder: Path) -> VimpacObjective:
     return objective.eval()
 
 
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The labels of a classifier, by class number.
+
+    Raises:
+        ConfigError: `folder` holds no classifier.
+    """
+    try:
+        return tuple(json.loads((folder / _DESCRIPTION).read_text())["classes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} holds no classifier; give the model/ of `tokenreel finetune`: {error}") from error
+
+
+def load_classifier(folder: Path) -> VimpacClassifier:
+    """The classifier that `write_model` wrote, in eval mode.
+
+    Raises:
+        ConfigError: `folder` holds no such model.
+        RuntimeError: weights that do not fit the description.
+    """
+    classes = read_classes(folder)
+    backbone = json.loads((folder / _DESCRIPTION).read_text())["backbone"]
+    classifier = VimpacClassifier(VimpacBackbone(VimpacConfig(**backbone)), classes)
+    classifier.load_state_dict(load_file(folder / _WEIGHTS))
+    return classifier.eval()
+
+
 class Features(nn.Module):
     """The backbone with one tensor as its output, as MLflow wants it: tokens (n t h w) -> (n 1+t*h*w d), CLS first."""
 
@@ -74,8 +106,20 @@ class Features(nn.Module):
         return torch.cat([features.cls[:, None], features.tokens.flatten(1, 3)], dim=1)
 
 
-def add_mlflow_model(folder: Path, objective: VimpacObjective) -> None:
-    """Make `folder` an MLflow model too, with a signature, that gives `Features` for any number of clips.
+class Probabilities(nn.Module):
+    """A classifier for MLflow: tokens (n t h w) -> probabilities (n c) of its classes."""
+
+    def __init__(self, classifier: VimpacClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.classifier.logits(tokens, padded=True).softmax(dim=-1)
+
+
+def add_mlflow_model(folder: Path, objective: VimpacObjective | VimpacClassifier) -> None:
+    """Make `folder` an MLflow model too, with a signature, that gives `Features`, or the `Probabilities` of a classifier, for
+    any number of clips.
 
     The graph is stored as `torch.export` writes it, the one format of MLflow's that loads with
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. That is for whoever loads models of others to set: MLflow's default is true.
@@ -86,15 +130,20 @@ def add_mlflow_model(folder: Path, objective: VimpacObjective) -> None:
 
     backbone = objective.backbone.config
     example = torch.zeros(2, *backbone.shape, dtype=torch.int64).numpy()
-    num_features = 1 + backbone.num_frames * backbone.grid_height * backbone.grid_width
+    graph: nn.Module
+    shape: tuple[int, ...]
+    if isinstance(objective, VimpacClassifier):
+        graph, shape = Probabilities(objective), (-1, len(objective.classes))
+    else:
+        graph, shape = Features(objective.backbone), (-1, 1 + math.prod(backbone.shape), backbone.hidden)
     signature = ModelSignature(
         Schema([TensorSpec(example.dtype, (-1, *backbone.shape))]),
-        Schema([TensorSpec(torch.zeros(0).numpy().dtype, (-1, num_features, backbone.hidden))]),
+        Schema([TensorSpec(torch.zeros(0).numpy().dtype, shape)]),
     )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         place = Path(scratch) / "model"
         mlflow.pytorch.save_model(
-            Features(objective.backbone).eval(),
+            graph.eval(),
             str(place),
             signature=signature,
             input_example=example,

@@ -25,7 +25,7 @@ from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
 from jobs.journal import JOURNAL_NAME, read_journal
-from jobs.loop import Batches, Context, LoopConfig, NonFiniteLoss
+from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
 from jobs.mirror import MARKER_NAME, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
@@ -39,7 +39,7 @@ from pipeline.schema import fingerprint
 
 log = logging.getLogger(__name__)
 _NOT_IDENTITY = {
-    "": {"workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from"},
+    "": {"workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from", "from_run", "test"},
     "loader": {"cache"},
     "loop": {
         "keep_checkpoints",
@@ -105,11 +105,12 @@ def usable_workers(num_workers: int, num_parts: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a worker trains, on what, and how it draws pictures of it."""
+    """What a worker trains, on what, how it draws pictures of it, and what it measures on the validation split."""
 
     objective: nn.Module
     batches: Batches
     draw: Callable[[nn.Module, int], None]
+    validate: Callable[[nn.Module], Fractions] | None = None
 
 
 BuildTask = Callable[[Context], Task]
@@ -339,7 +340,9 @@ def _work(settings: dict[str, Any]) -> _Outcome:
     loop.seed_everything(settings["loop"].seed, -1, 0)
     task: Task = settings["build"](context)
     try:
-        cursor = loop.train(task.objective, task.batches, context, settings["loop"], settings["optim"], task.draw)
+        cursor = loop.train(
+            task.objective, task.batches, context, settings["loop"], settings["optim"], task.draw, task.validate
+        )
     except NonFiniteLoss as error:
         # The same step would fail again, so this is told to the driver instead of to Ray, which would retry.
         return _Outcome(error=str(error))

@@ -1,4 +1,4 @@
-"""A second stage of pre-training on a finer grid: weights and Adam moments of the first, with positions resized.
+"""Weights and Adam moments on another grid, with positions resized: for a second stage of pre-training, and for fine-tuning.
 
 Shapes: h w token grid; d width.
 """
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from models.optim import MOMENTS, param_groups
 
 
-def resize_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+def resize_positions(
+    state: Mapping[str, Tensor], grid: tuple[int, int], *, num_frames: int | None = None
+) -> dict[str, Tensor]:
     """`state` with each `position_h` and `position_w` interpolated linearly to `grid`; all else is the same tensor.
 
     An embedding stands at the centre of its token: of n along an axis, number i is at (i + 1/2) / n of the picture.
@@ -25,11 +27,14 @@ def resize_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict
     Args:
         state: name -> weights, or name -> one kind of moments. Positions are (h d) and (w d).
         grid: (h, w) of the new grid, each >= 1.
+        num_frames: also interpolate each `position_t` to this many frames, by the same convention; None leaves it.
     Source: VIMPAC (arXiv 2106.11250): stage two interpolates positions and optimiser state; the convention is ours.
     """
-    if min(grid) < 1:
-        raise ValueError(f"resize_positions: grid is {grid}; allowed: two sizes (h, w), each >= 1")
-    sizes = {"position_h": grid[0], "position_w": grid[1]}
+    if min(*grid, 1 if num_frames is None else num_frames) < 1:
+        raise ValueError(
+            f"resize_positions: grid is {grid}, num_frames is {num_frames}; allowed: sizes (h, w) and frames, each >= 1"
+        )
+    sizes = {"position_h": grid[0], "position_w": grid[1]} | ({} if num_frames is None else {"position_t": num_frames})
     resized = dict(state)
     for name, value in state.items():
         size = sizes.get(name.rpartition(".")[2], 0)

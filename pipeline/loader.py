@@ -233,7 +233,7 @@ class WindowReader:
         selection: dict[str, Any] = {"split": split, "keep": thresholds, "views": list(views)}
         if keep_list is not None:
             selection["keep_list"] = keep_list_digest(keep_list)
-        columns = ["split", "view", *(f"score_{name[4:]}" for name in thresholds)]
+        self._selected_by = columns = ["split", "view", *(f"score_{name[4:]}" for name in thresholds)]
         node_cache = (cache or CacheConfig()).open()
         self._index = open_index(self._store, meta, node_cache, self._select, selection=selection, columns=columns)
         grids, grid = self._index.grids, window[1:]
@@ -264,6 +264,11 @@ class WindowReader:
         """All columns of the samples, read from the dataset: for datasets that fit into memory."""
         return self._select(read_index(self._store))
 
+    def read_columns(self, *names: str) -> pa.Table:
+        """These columns of the samples, and the one number `shard`, read from the dataset."""
+        wanted = dict.fromkeys((*names, *self._selected_by, "key", "height", "width"))
+        return self._select(read_index(self._store, list(wanted))).select([*names, "shard"])
+
     @functools.cached_property
     def key_hashes(self) -> np.ndarray:
         """(n,) uint64 of `hash_keys`, for datasets that fit into memory."""
@@ -273,9 +278,9 @@ class WindowReader:
         """The keys of these samples."""
         return [key.decode() for key in self._index.rows["key"][samples].tolist()]
 
-    def num_starts(self, samples: np.ndarray) -> np.ndarray:
-        """(n,) how many windows fit into each sample; 1 where it is shorter than a window."""
-        return np.maximum(1, self.lengths[samples] - self._window[0] + 1)
+    def num_starts(self, samples: np.ndarray, stride: int = 1) -> np.ndarray:
+        """(n,) how many windows of every `stride`-th frame fit into each sample; 1 where it is shorter than a window."""
+        return np.maximum(1, self.lengths[samples] - (self._window[0] - 1) * stride)
 
     def read(self, samples: np.ndarray, starts: np.ndarray, stride: int = 1) -> np.ndarray:
         """(n, t, h, w) uint16 windows that begin at frame `starts` and take every `stride`-th frame; PAD at the end.

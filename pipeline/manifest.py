@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError
 from pipeline.manifest_formats import FORMATS, Record, to_plain
-from pipeline.schema import PLAN_SCHEMA
+from pipeline.schema import PLAN_SCHEMA, Split
 from pipeline.storage import Store
 
 ROWS = pa.schema([("row", pa.int64()), *list(PLAN_SCHEMA)[1:], ("reject_class", pa.string()), ("reason", pa.string())])
@@ -71,7 +71,7 @@ def _to_rows(records: list[Record], first_row: int) -> pa.Table:
     for bad, why in (
         (pc.is_null(video), "names no video"),
         (pc.greater(pc.binary_length(video), MAX_PATH_BYTES), f"names a video of more than {MAX_PATH_BYTES} bytes"),
-        (pc.invert(pc.is_in(split, pa.array([None, "train", "val"]))), "has another split than train or val"),
+        (pc.invert(pc.is_in(split, pa.array([None, *get_args(Split)]))), "has another split than train, val or test"),
         (pc.greater_equal(start_s, end_s), "has a start_s that is not before its end_s"),
     ):
         reason = pc.coalesce(reason, pc.if_else(pc.fill_null(bad, False), why, None))

@@ -228,6 +228,7 @@ def choose_kept(
 
     Args:
         pairs: (n, 2) near-duplicates, with their `scores`.
+        is_val: of each sample, whether it is held out, for validation or for testing.
     """
     num_samples = len(keys)
     duplicate_of, match = np.full(num_samples, -1), np.full(num_samples, -1)

@@ -13,7 +13,8 @@ import pyarrow as pa
 SCHEMA_VERSION = 3
 """Part of every fingerprint: raise it when the same input and config would give other bytes."""
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
+"""test comes from manifests alone: nothing draws it, trains on it or chooses a model by it."""
 
 REJECT_CLASSES = (
     "bad-row",  # a manifest row that cannot be an input
@@ -167,7 +168,7 @@ def fingerprint(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def draw_split(video_id: str, val_fraction: float) -> Split:
+def draw_split(video_id: str, val_fraction: float) -> Literal["train", "val"]:
     """The split of a video: a hash of its id against `val_fraction`, so all its clips stand on one side."""
     return (
         "val"

@@ -10,7 +10,7 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import pyarrow as pa
 from pipeline.dataset import PLAN_REJECTS, DatasetMeta, Place, listed_shards, read_meta, read_rejects_file
 from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
 from pipeline.ledger import Ledger
+from pipeline.schema import Split
 from pipeline.shards import (
     ShardInfo,
     index_name,
@@ -32,6 +33,7 @@ from pipeline.shards import (
 from pipeline.storage import CHUNK_BYTES, LOCAL_TROUBLE, Store
 
 # What reading a file can raise in which any byte may be wrong.
+_SPLITS = get_args(Split)
 _DAMAGE = (
     TokenreelError, pa.ArrowException, OSError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError,
     ValueError,
@@ -93,25 +95,25 @@ class _Seen:
 
     video_ids: array[int] = field(default_factory=lambda: array("Q"))
     shards: array[int] = field(default_factory=lambda: array("l"))
-    is_val: array[int] = field(default_factory=lambda: array("b"))
+    splits: array[int] = field(default_factory=lambda: array("b"))
 
     def add(self, shard: int, video_id: str, split: str) -> None:
         self.video_ids.append(int(video_id, 16))
         self.shards.append(shard)
-        self.is_val.append(split == "val")
+        self.splits.append(_SPLITS.index(split) if split in _SPLITS else -1)
 
     def clashes(self) -> Iterator[str]:
-        """Videos in two shards, or in both splits."""
-        ids, shards, is_val = (
-            np.frombuffer(column, column.typecode) for column in (self.video_ids, self.shards, self.is_val)
+        """Videos in two shards, or in two splits."""
+        ids, shards, splits = (
+            np.frombuffer(column, column.typecode) for column in (self.video_ids, self.shards, self.splits)
         )
         order = np.lexsort((shards, ids))
-        ids, shards, is_val = ids[order], shards[order], is_val[order]
+        ids, shards, splits = ids[order], shards[order], splits[order]
         same = ids[1:] == ids[:-1]
         for row in np.flatnonzero(same & (shards[1:] != shards[:-1])):
             yield f"video {ids[row]:016x} stands in shard {shards[row]:06d} and in {shards[row + 1]:06d}: a duplicate"
-        for row in np.flatnonzero(same & (is_val[1:] != is_val[:-1])):
-            yield f"video {ids[row]:016x} stands in both splits"
+        for row in np.flatnonzero(same & (splits[1:] != splits[:-1])):
+            yield f"video {ids[row]:016x} stands in two splits"
 
 
 def _raise_unless_damage(error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,6 +11,8 @@ from typing import Literal, get_args
 from pipeline.errors import ConfigError
 
 Place = Literal["start", "center", "end"]
+_NAME = re.compile(r"\d+(?P<resized>of\d+)?(?P<place>[sce])(?P<flip>f?)")
+"""What `_name` makes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,39 @@ class ViewConfig:
             )
             for size, resize, place, flip in combinations
         ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewChoice:
+    """Which of a clip's views are wanted. The view of a clip that has but one always is."""
+
+    crops: tuple[Place, ...] = get_args(Place)
+    """Where they lie along the longer side."""
+    resized: bool = True
+    """Also those that are cut out of larger frames."""
+    flip: bool = True
+    """Also those that are mirrored; not where left and right matter."""
+
+    def __post_init__(self) -> None:
+        if not self.crops or not set(self.crops) <= set(get_args(Place)):
+            raise ConfigError(f"views.crops = {self.crops}: must be at least one; allowed are start, center, end")
+
+    def allows(self, name: str) -> bool:
+        """Whether the view `name`, as `ViewConfig.views` names them, is wanted.
+
+        Raises:
+            ConfigError: no such name.
+        """
+        if not name:
+            return True
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ConfigError(f"view {name!r}: not a name of ours, such as 128c or 128of160sf")
+        return (
+            found["place"] in {place[0] for place in self.crops}
+            and (self.resized or not found["resized"])
+            and (self.flip or not found["flip"])
+        )
 
 
 def crops_of(views: Sequence[View]) -> list[Crop]:

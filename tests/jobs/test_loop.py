@@ -107,6 +107,32 @@ def test_checkpoints_are_saved_as_often_and_kept_as_many_as_told(tmp_path: Path)
     assert read_cursor(best_checkpoint(tmp_path / "few")).recent_loss == pytest.approx(recent[best])
 
 
+def test_validation_before_each_checkpoint_says_which_is_best_and_changes_no_step(tmp_path: Path) -> None:
+    plain = run_loop(tmp_path / "plain")
+    found = iter([0.5, 0.75, 0.25])
+
+    def validate(module: nn.Module) -> dict[str, tuple[float, float]]:
+        assert not module.training and not torch.is_grad_enabled()
+        torch.rand(3)  # what it draws is its own affair
+        return {"val_loss": (3.0, 2.0), "val_accuracy": (8 * next(found), 8)}
+
+    rows = run_loop(tmp_path / "run", replace(CONFIG, keep_checkpoints=1), validate=validate)
+    assert losses([row for row in rows if "loss" in row]) == losses(plain)
+    validated = [(row["step"], row["val_accuracy"], row["val_loss"]) for row in rows if "val_loss" in row]
+    assert validated == [(2, 0.5, 1.5), (4, 0.75, 1.5), (6, 0.25, 1.5)]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["00000004", "00000006"]
+    assert best_checkpoint(tmp_path / "run").name == "00000004"
+    assert read_cursor(best_checkpoint(tmp_path / "run")).val_accuracy == 0.75
+    with pytest.raises(ValueError, match="fsdp"):
+        run_loop(tmp_path / "sharded", replace(CONFIG, parallel="fsdp"), validate=validate)
+
+
+def test_a_worker_that_is_told_to_stop_does_not_validate_first(tmp_path: Path) -> None:
+    context = Context(run=tmp_path, should_stop=lambda: True)
+    cursor = train(Noisy(), Steps(), context, CONFIG, OPTIM, validate=lambda _: {"val_accuracy": (1.0, 1.0)})
+    assert (cursor.step, cursor.val_accuracy) == (1, None)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
 def test_a_worker_that_is_told_to_stop_saves_that_step_and_loses_none(stop: int, tmp_path: Path) -> None:
     whole = run_loop(tmp_path / "whole")

@@ -34,6 +34,18 @@ def test_only_the_positions_of_height_and_width_change() -> None:
     assert state["backbone.position_h"].shape == (4, 32)  # what was passed stays
 
 
+def test_frames_are_resized_where_that_is_asked_for() -> None:
+    state = make_objective().state_dict()
+    resized = resize_positions(state, GRID, num_frames=2 * TINY.num_frames)
+    changed = {name for name in state if state[name] is not resized[name]}
+    assert changed == {"backbone.position_t"}
+    t = resized["backbone.position_t"]
+    assert t.shape == (2 * TINY.num_frames, 32)
+    assert torch.equal(t[[0, -1]], state["backbone.position_t"][[0, -1]])  # the ends are kept
+    with pytest.raises(ValueError, match="num_frames is -1"):
+        resize_positions(state, GRID, num_frames=-1)
+
+
 def test_embeddings_stand_at_the_centres_of_their_tokens() -> None:
     positions = torch.tensor([[0.0], [10.0], [20.0], [30.0]])
     doubled = resize_positions({"position_h": positions}, (8, 1))["position_h"]
@@ -79,5 +91,5 @@ def test_moments_are_resized_as_the_positions_are() -> None:
 
 
 def test_a_bad_grid_is_named() -> None:
-    with pytest.raises(ValueError, match=r"grid is \(0, 4\); allowed"):
+    with pytest.raises(ValueError, match=r"grid is \(0, 4\), num_frames is None; allowed"):
         resize_positions({}, (0, 4))

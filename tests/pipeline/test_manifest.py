@@ -80,9 +80,9 @@ class TestAllFormats:
 
     def test_bad_rows(self, tmp_path: Path, suffix: str) -> None:
         rows = [
-            {"video": "a", "split": "train", "start_s": "0", "end_s": "1", "size_bytes": "5"},
+            {"video": "a", "split": "test", "start_s": "0", "end_s": "1", "size_bytes": "5"},
             {"video": None},
-            {"video": "b", "split": "test"},
+            {"video": "b", "split": "holdout"},
             {"video": "c", "start_s": "2", "end_s": "2"},
             {"video": "d", "start_s": "-1"},
             {"video": "e", "end_s": "nan"},
@@ -96,7 +96,7 @@ class TestAllFormats:
         found = reasons(write(tmp_path / f"m{suffix}", rows))
         assert found[0] is None and found[-1] is None
         assert found[1] == "row 2 names no video"
-        assert found[2] == "row 3 has another split than train or val"
+        assert found[2] == "row 3 has another split than train, val or test"
         assert found[3] == "row 4 has a start_s that is not before its end_s"
         for index, text in zip(
             range(4, 10),

@@ -296,10 +296,12 @@ class TestClashes:
         with pytest.raises(ConfigError, match="no shard is at fault"):
             repair(folder, found)
 
-    @pytest.mark.parametrize("shard", [0, 1])
-    def test_a_video_in_both_splits(self, tmp_path: Path, shard: int) -> None:
-        folder = self.make(tmp_path / "d", (0, "ffffffffffffffff-0", "train"), (shard, "ffffffffffffffff-1", "val"))
-        expected = [("video ffffffffffffffff stands in both splits", None), ("a duplicate", None)]
+    @pytest.mark.parametrize(("shard", "splits"), [(0, ("train", "val")), (1, ("train", "val")), (1, ("val", "test"))])
+    def test_a_video_in_two_splits(self, tmp_path: Path, shard: int, splits: tuple[str, str]) -> None:
+        folder = self.make(
+            tmp_path / "d", (0, "ffffffffffffffff-0", splits[0]), (shard, "ffffffffffffffff-1", splits[1])
+        )
+        expected = [("video ffffffffffffffff stands in two splits", None), ("a duplicate", None)]
         find(folder, *expected[: 1 + shard])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.views import Crop, ViewConfig, crops_of
+from pipeline.views import Crop, ViewChoice, ViewConfig, crops_of
 
 
 def test_one_view_has_no_name() -> None:
@@ -26,6 +26,25 @@ def test_every_combination_is_a_view() -> None:
     assert views[-1].name == "256of320ef" and views[-1].key("ab") == "ab-256of320ef"
     assert all("." not in view.name for view in views)  # webdataset ends a sample's key at its first dot
     assert len(crops_of(views)) == 12  # a flip needs no crop of its own
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        (ViewChoice(), ["64s", "64sf", "64c", "64cf", "64of80s", "64of80sf", "64of80c", "64of80cf"]),
+        (ViewChoice(flip=False), ["64s", "64c", "64of80s", "64of80c"]),
+        (ViewChoice(resized=False), ["64s", "64sf", "64c", "64cf"]),
+        (ViewChoice(crops=("center", "end"), resized=False, flip=False), ["64c"]),
+    ],
+)
+def test_views_are_chosen_by_what_they_show(choice: ViewChoice, names: list[str]) -> None:
+    views = ViewConfig(resizes=(1.0, 1.25), crops=("start", "center"), flip=True).views(64)
+    assert [view.name for view in views if choice.allows(view.name)] == names
+    assert choice.allows("")
+    with pytest.raises(ConfigError, match="not a name of ours"):
+        choice.allows("64x")
+    with pytest.raises(ConfigError, match="at least one"):
+        ViewChoice(crops=())
 
 
 @pytest.mark.parametrize(
