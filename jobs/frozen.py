@@ -24,6 +24,7 @@ PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 """Of the squared weights, for a mean loss over rows; the linear probe tries each."""
 NEIGHBOURS = (1, 5, 10, 20, 50, 100)
 """How many of them vote; the neighbour probe tries each that there are rows for."""
+RECALLS = (1, 5, 10)
 _TEMPERATURE = 0.07
 _BLOCK_ROWS = 512
 
@@ -195,6 +196,59 @@ def knn_probe(train: Features, val: Features, test: Features, *, seed: int = 0) 
             yield f"k {count}", functools.partial(_vote, normed, train.labels, count)
 
     return choose("knn", predictions(), val, test, others, seed=seed)
+
+
+def retrieval(train: Features, test: Features, *, seed: int = 0) -> dict[str, ProbeResult]:
+    """Each row of `test` as a query for rows of the same label in other source videos of `test`, by cosine similarity.
+
+    `train` gives the scale of the features alone. A query that has nothing to find is left out, so rows are fewer than those
+    of `test` where a label has one video. Rows that are as near as each other rank in the order of `test`.
+
+    Returns:
+        "recall@1", "recall@5", "recall@10": whether one of so many nearest rows has the label; "map": average precision of
+        the whole ranking. Each with its chance level under "chance:NAME", that of a ranking drawn at random.
+
+    Raises:
+        ValueError: no query has anything to find, or as for `linear_probe`.
+    """
+    rows = _normalised(standardised(train, test)[1])
+    videos = np.unique(test.groups, return_inverse=True)[1]
+    measured: dict[str, list[np.ndarray]] = {}
+    kept = []
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        block = np.arange(first, min(first + _BLOCK_ROWS, len(rows)))
+        is_other = videos[block][:, None] != videos
+        is_wanted = is_other & (test.labels[block][:, None] == test.labels)
+        can_find = is_wanted.any(axis=1)
+        kept.append(block[can_find])
+        similarity = np.where(is_other, rows[block] @ rows.T, -np.inf)[can_find]
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        found = np.take_along_axis(is_wanted[can_find], order, axis=1)
+        for name, values in _judge(found, is_other[can_find].sum(axis=1)).items():
+            measured.setdefault(name, []).append(values)
+    groups = test.groups[np.concatenate(kept)]
+    if not len(groups):
+        raise ValueError("retrieval: no two source videos of test have the same label, so there is nothing to find")
+    return {name: make_result(name, np.concatenate(parts), groups, seed=seed) for name, parts in measured.items()}
+
+
+def _judge(found: np.ndarray, num_others: np.ndarray) -> dict[str, np.ndarray]:
+    """Measures of rankings (n m) bool, true where a row was wanted; each ranks `num_others` (n,) rows before the rest."""
+    wanted = found.sum(axis=1)
+    ranks = np.arange(1, found.shape[1] + 1)
+    precision = np.cumsum(found, axis=1) / ranks
+    # Of a ranking at random the rank-th place holds a wanted row with the same probability as any; given that it does, the
+    # places before it hold their share of the others.
+    harmonic = np.cumsum(1 / ranks)[num_others - 1]
+    rest = (wanted - 1) / np.maximum(num_others - 1, 1)
+    by_chance = {"map": (harmonic + rest * (num_others - harmonic)) / num_others}
+    measures = {"map": np.where(found, precision, 0).sum(axis=1) / wanted}
+    for count in RECALLS:
+        measures[f"recall@{count}"] = found[:, :count].any(axis=1)
+        left = num_others[:, None] - wanted[:, None] - np.arange(count)
+        misses = np.clip(left, 0, None) / np.maximum(num_others[:, None] - np.arange(count), 1)
+        by_chance[f"recall@{count}"] = 1 - misses.prod(axis=1)
+    return {**measures, **{f"chance:{name}": values for name, values in by_chance.items()}}
 
 
 def make_result(

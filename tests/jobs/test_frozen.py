@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from jobs.frozen import (
@@ -16,6 +17,7 @@ from jobs.frozen import (
     majority,
     make_result,
     pool,
+    retrieval,
     split_groups,
     standardised,
 )
@@ -160,3 +162,47 @@ def test_features_that_cannot_be_probed_are_refused(splits: list[Features]) -> N
         knn_probe(train, val.select(np.arange(0)), test)
     with pytest.raises(ValueError, match="allowed"):
         Features(values=train.values, labels=train.labels[1:], groups=train.groups)
+
+
+def test_retrieval_finds_other_videos_of_the_same_label(splits: list[Features]) -> None:
+    train, _, test = splits
+    found = retrieval(train, test)
+    for name in ("recall@1", "recall@5", "recall@10", "map"):
+        assert found[name].interval.low > found[f"chance:{name}"].interval.high or name == "recall@10"
+    shuffled_found = retrieval(train, shuffled(test))
+    for name in ("recall@1", "map"):
+        assert shuffled_found[name].accuracy == pytest.approx(shuffled_found[f"chance:{name}"].accuracy, abs=0.06)
+
+
+def test_retrieval_against_scikit_learn_and_random_rankings() -> None:
+    rng = np.random.default_rng(3)
+    rows = Features(values=rng.normal(size=(30, 6)), labels=rng.integers(4, size=30), groups=np.arange(30) // 3)
+    unit = standardised(rows)[0]
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    similarity, precisions, firsts, chances = unit @ unit.T, [], [], []
+    for query in range(30):
+        others = rows.groups != rows.groups[query]
+        wanted = rows.labels[others] == rows.labels[query]
+        if wanted.any():
+            precisions.append(average_precision_score(wanted, similarity[query][others]))
+            firsts.append(wanted[np.argsort(-similarity[query][others])[:5]].any())
+            shuffles = [rng.permutation(wanted) for _ in range(400)]
+            chances.append(
+                (
+                    np.mean([one[:5].any() for one in shuffles]),
+                    np.mean([average_precision_score(one, -np.arange(len(one))) for one in shuffles[:40]]),
+                )
+            )
+    found = retrieval(rows, rows)
+    assert found["map"].hits == pytest.approx(precisions, abs=1e-6)
+    assert found["recall@5"].hits.tolist() == firsts
+    assert [found[f"chance:{name}"].accuracy for name in ("recall@5", "map")] == pytest.approx(
+        np.mean(chances, axis=0), abs=0.02
+    )
+
+
+def test_a_query_with_nothing_to_find_is_left_out() -> None:
+    rows = Features(values=np.eye(4), labels=np.array([0, 0, 1, 1]), groups=np.array([0, 1, 2, 2]))
+    assert retrieval(rows, rows)["map"].groups.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="nothing to find"):
+        retrieval(rows, rows.select(np.array([0, 2])))
