@@ -48,6 +48,9 @@ _JOBS = {
         module="jobs.dedup", config="DedupConfig", summary="near-duplicates in tokens -> a list of samples to keep"
     ),
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
+    "embed": _Job(
+        module="jobs.embed", config="EmbedConfig", summary="tokens + model -> embeddings, a row a clip or a window"
+    ),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
     "inspect": _Job(

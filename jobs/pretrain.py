@@ -133,7 +133,7 @@ def check_source(config: PretrainConfig, run: Path) -> None:
     differences = [
         f"{name} = {old!r} (here {here[name]!r})" for name, old in _parts(source).items() if old != here[name]
     ]
-    differences += _tokenizer_differences(source.tokens, config.tokens)
+    differences += tokenizer_differences(source.tokens, config.tokens)
     if differences:
         raise ConfigError(f"continue_from: {run} has another network or other codes: {'; '.join(differences)}")
     before = lr_at(step, source.loop.num_schedule_steps, source.optim)
@@ -156,7 +156,7 @@ def _parts(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer_differences(old: str, new: str) -> list[str]:
+def tokenizer_differences(old: str, new: str) -> list[str]:
     """Codes of two tokenizers mean different things, even with codebooks of one size."""
     try:
         before, after = (read_meta(folder, kind="tokens").extra["tokenizer"]["fingerprint"] for folder in (old, new))
