@@ -96,7 +96,7 @@ def test_other_settings_or_another_model_are_refused_by_name(stages: Stages, emb
     with pytest.raises(ConfigError, match="layer = 9: the model has 2"):
         embed.run(replace(config, out=str(tmp_path / "other"), settings=EmbedSettings(layer=9)))
     with pytest.raises(ConfigError, match="no pre-trained model"):
-        embed.run(replace(config, run=tmp_path))
+        embed.run(replace(config, run=tmp_path / "none"))
     assert files_of(embeddings) == before
 
 

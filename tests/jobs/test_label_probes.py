@@ -59,13 +59,12 @@ def test_a_signal_in_the_codes_is_found_in_other_videos(tmp_path: Path, backbone
         assert row["difference"] == pytest.approx(row["pretrained"] - row["untrained"])
     section = describe_labels(found)
     assert section.table is not None and len(section.table.lines) == 7
-    fewer = measure_labels(*backbones, reader, max_clips=60, batch_size=16)
-    assert sum(fewer["rows"].values()) == 60
 
 
 def test_labels_that_say_nothing_give_chance(tmp_path: Path, backbones) -> None:
     labels = [str(label) for label in np.random.default_rng(1).integers(2, size=VIDEOS)]
-    found = measure_labels(*backbones, make_reader(tmp_path / "tokens", labels), max_clips=1000, batch_size=16)
+    found = measure_labels(*backbones, make_reader(tmp_path / "tokens", labels), max_clips=90, batch_size=16)
+    assert sum(found["rows"].values()) == 90 < VIDEOS * CLIPS
     for name in ("linear", "knn", "attentive"):
         assert found[name]["pretrained_interval"][0] < 0.6 and found[name]["pretrained"] < 0.8
 
