@@ -81,11 +81,12 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.examples < 0 or self.bins < 1:
             raise ConfigError(f"examples = {self.examples} must be 0 or more, bins = {self.bins} 1 or more")
-        if min(self.sample_tokens, self.sample_points) < 1 or self.sample_clips < 0:
+        if self.sample_tokens < 1 or self.sample_clips < 0:
             raise ConfigError(
-                f"sample_tokens = {self.sample_tokens} and sample_points = {self.sample_points} must be 1 or more, "
-                f"sample_clips = {self.sample_clips} 0 or more"
+                f"sample_tokens = {self.sample_tokens} must be 1 or more, sample_clips = {self.sample_clips} 0 or more"
             )
+        if self.sample_points < 1:
+            raise ConfigError(f"sample_points = {self.sample_points}: must be 1 or more")
 
 
 def run(config: InspectConfig) -> JobResult:

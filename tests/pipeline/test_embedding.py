@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects, shard_path
-from pipeline.embedding import EmbedSettings, describe_embeddings, write_embedding_shard
+from pipeline.embedding import EmbedSettings, describe_embeddings, vectors_of, write_embedding_shard
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
-from pipeline.shards import index_name
+from pipeline.shards import index_name, to_parquet
 from pipeline.storage import Store
+from pipeline.verify import verify
 from tests.pipeline.datasets import GRID, PAD, add_codes, describe, make_codes, make_row, open_writer
 
 LENGTHS = (7, 2, 4)
@@ -114,3 +117,23 @@ def test_a_model_that_loses_windows_commits_nothing(tokens: Store, tmp_path: Pat
 def test_settings_that_are_refused(changes: dict) -> None:
     with pytest.raises(ConfigError):
         replace(EmbedSettings(), **changes)
+
+
+def test_verify_sees_what_was_changed(tokens: Store, tmp_path: Path) -> None:
+    out = Store.at(tmp_path / "out")
+    meta = create_or_resume(out, describe_embeddings(read_meta(tokens), {}, {"fingerprint": "m", "width": 3}))
+    write_embedding_shard(tokens, out, meta.fingerprint, 0, SumOfCodes(), EmbedSettings())
+    finish(out, meta, Ledger())
+    assert list(verify(out, tokens)) == []
+    table = pq.read_table(out.path(index_name(0)))
+    changed = vectors_of(table).copy()
+    changed[1, 2] += 1
+    array = pa.FixedSizeListArray.from_arrays(pa.array(changed.ravel()), 3)
+    out.write(index_name(0), to_parquet(table.set_column(table.num_columns - 1, "embedding", array)))
+    [problem] = verify(out, tokens)
+    assert problem.shard == 0 and f"the embedding of {1:016x}-000000000 is not the one" in problem.text
+    out.write(index_name(0), to_parquet(table.slice(1)))
+    assert {text for one in verify(out, tokens) for text in ("2 rows", "not the ones") if text in one.text} == {
+        "2 rows",
+        "not the ones",
+    }
