@@ -177,12 +177,11 @@ def _measure_probes(
     }
     rows = {}
     for task in make_tasks(videos, times_s):
-        row: dict[str, Any] = {"question": task.question, "split_by": task.split_by, "majority": task.majority}
+        row: dict[str, Any] = {"question": task.question, "split_by": task.split_by}
         for name in features:
-            hits = probe(task, features[name])
-            row[name] = float(hits.mean())
-            row[f"{name}_stderr"] = float(hits.std() / np.sqrt(len(hits)))
-            row["tested"] = len(hits)
+            result, most_frequent = probe(task, features[name])
+            row |= {name: result.accuracy, f"{name}_interval": [result.interval.low, result.interval.high]}
+            row |= {"majority": most_frequent.accuracy, "tested": len(result.hits)}
         rows[task.name] = row
     return rows
 
