@@ -52,14 +52,23 @@ def test_a_run_that_was_made_with_other_settings_is_refused_by_name(stages: Stag
 def test_evaluation_probes_labels_where_there_are_some(stages: Stages, mlflow_uri: str, tmp_path: Path) -> None:
     tokens = Path(shutil.copytree(stages.tokens, tmp_path / "tokens"))
     model = shutil.copytree(stages.model, tmp_path / "model", ignore=shutil.ignore_patterns("evaluation", "mlflow*"))
-    for path in (tokens / "index").glob("*.parquet"):
+    count = 0
+    for path in sorted((tokens / "index").glob("*.parquet")):  # as if every clip were a video, and had a label
         table = pq.read_table(path)
-        texts = pa.array(["even" if place % 2 else "odd" for place in range(len(table))])
-        path.write_bytes(to_parquet(table.set_column(table.column_names.index("label"), "label", texts)))
-    config = EvaluateConfig(run=model, tokens=str(tokens), max_windows=4, max_clips=12)
+        places = range(count, count + len(table))
+        count += len(table)
+        columns = {
+            "label": ["even" if place % 2 else "odd" for place in places],
+            "video_id": [f"{place:016x}" for place in places],
+            "split": ["train" if place % 3 else "val" for place in places],
+        }
+        for name, texts in columns.items():
+            table = table.set_column(table.column_names.index(name), name, pa.array(texts))
+        path.write_bytes(to_parquet(table))
+    config = EvaluateConfig(run=model, tokens=str(tokens), max_windows=4)
     result = evaluate.run(config)
     labels = result.figures["labels"]
-    assert sum(labels["rows"].values()) == 12 and labels.keys() >= {"linear", "attentive", "knn"}
+    assert sum(labels["rows"].values()) == count and labels.keys() >= {"linear", "attentive", "knn"}
     for name in ("pretrained", "untrained", "single_frame", "token_histogram", "chance"):
         assert 0 <= labels["linear"][name] <= 1
     assert json.loads((model / "evaluation" / "results.json").read_text())["labels"] == labels
