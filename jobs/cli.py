@@ -54,6 +54,9 @@ _JOBS = {
     "finetune": _Job(
         module="jobs.finetune", config="FinetuneConfig", summary="labelled tokens -> action classifier, by recipe"
     ),
+    "embed": _Job(
+        module="jobs.embed", config="EmbedConfig", summary="tokens + model -> embeddings, a row a clip or a window"
+    ),
     "evaluate": _Job(module="jobs.evaluate", config="EvaluateConfig", summary="model -> numbers and a contact sheet"),
     "verify": _Job(module="jobs.verify", config="VerifyConfig", summary="check every byte of a dataset"),
     "inspect": _Job(

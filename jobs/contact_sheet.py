@@ -20,6 +20,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jobs.scatter import CSS as SCATTER_CSS
+from jobs.scatter import Scatter, render_scatter
+
 Role = Literal["original", "reconstruction", "masked", "predicted"]
 
 _LEGEND: dict[str, str] = {
@@ -75,6 +78,7 @@ class Section:
     table: Table | None = None
     picture: np.ndarray | None = None
     """uint8 (h w 3)."""
+    scatter: Scatter | None = None
 
 
 def write_contact_sheet(
@@ -104,7 +108,7 @@ def write_contact_sheet(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>{_escape(title)}</title><style>{_CSS}</style></head><body>"
+        f"<title>{_escape(title)}</title><style>{_CSS}{SCATTER_CSS}</style></head><body>"
         f"<header><h1>{_escape(title)}</h1><dl>{terms}</dl><ul>{legend}</ul></header>"
         f"<main>{body}</main></body></html>\n"
     )
@@ -179,6 +183,7 @@ def _render_section(section: Section, max_frames: int) -> str:
         _render_histogram(section.histogram) if section.histogram else "",
         _render_table(section.table) if section.table else "",
         _render_picture(section) if section.picture is not None else "",
+        render_scatter(section.scatter) if section.scatter else "",
         *(_render_row(row, max_frames) for row in section.rows),
     ]
     return f"<section><h2>{_escape(section.heading)}</h2><p>{_escape(section.note)}</p>{''.join(parts)}</section>"
