@@ -7,6 +7,7 @@ For scripts: logs and progress go to stderr; the last line of stdout is one JSON
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import logging
@@ -93,8 +94,12 @@ _JOBS = {
     "bench loader": _Job(
         module="jobs.bench.loader", config="BenchLoaderConfig", summary="clip pairs a second against other loaders"
     ),
+    "submit": _Job(
+        module="jobs.submit", config="SubmitConfig", summary="run a job on a cluster: submit JOB --address URL"
+    ),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
+_ONLY_HERE = ("demo", "submit", "ui")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,15 +150,32 @@ def _take_name(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:
-    job = _JOBS[name]
-    module = importlib.import_module(job.module)
-    config = _parse(f"tokenreel {name}", getattr(module, job.config), argv)
-    result: JobResult = module.run(config)
+    result: JobResult = importlib.import_module(_JOBS[name].module).run(parse_options(name, argv))
     return result
+
+
+def parse_job(words: list[str]) -> tuple[str, Any]:
+    """The job that `words` name, for a job server, and its config.
+
+    Raises:
+        ConfigError: no job that a cluster runs, or wrong options.
+    """
+    name = words[0] if words else ""
+    allowed = [job for job in _JOBS if job not in _ONLY_HERE and " " not in job]
+    if name not in allowed:
+        raise ConfigError(f"tokenreel submit: the job comes first; allowed: {', '.join(allowed)}")
+    return name, parse_options(name, words[1:])
+
+
+def parse_options(name: str, argv: list[str]) -> Any:
+    job = _JOBS[name]
+    return _parse(f"tokenreel {name}", getattr(importlib.import_module(job.module), job.config), argv)
 
 
 def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
     default = None
+    if kind.__name__ == "SubmitConfig":
+        return _parse_submit(program, kind, argv)
     if kind.__name__ == "PretrainConfig":
         from jobs.recipes import RECIPES, find_recipe
 
@@ -172,7 +194,18 @@ def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
         from jobs.config import load_config
 
         default = load_config(Path(saved), kind)
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    return _tyro(program, kind, argv, {} if default is None else {"default": default})
+
+
+def _parse_submit(program: str, kind: type[Any], argv: list[str]) -> Any:
+    """Submit's own options, wherever they stand behind the job's name; all others are the job's."""
+    if argv[:1] in (["-h"], ["--help"]):
+        _tyro(f"{program} JOB [options of JOB]", kind, ["--help"], {})
+    submit, rest = _tyro(program, kind, argv[1:], {"return_unknown_args": True})
+    return dataclasses.replace(submit, words=(*argv[:1], *rest))
+
+
+def _tyro(program: str, kind: type[Any], argv: list[str], options: dict[str, Any]) -> Any:
     explained = io.StringIO()
     try:
         with contextlib.redirect_stderr(explained):
