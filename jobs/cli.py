@@ -97,9 +97,10 @@ _JOBS = {
     "submit": _Job(
         module="jobs.submit", config="SubmitConfig", summary="run a job on a cluster: submit JOB --address URL"
     ),
+    "status": _Job(module="jobs.status", config="StatusConfig", summary="how every job of a project's folder stands"),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
-_ONLY_HERE = ("demo", "submit", "ui")
+_ONLY_HERE = ("demo", "submit", "status", "ui")
 
 
 def main(argv: list[str] | None = None) -> None:

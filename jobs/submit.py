@@ -283,7 +283,7 @@ def _result(info: Any, log_text: str, job: str) -> JobResult:
     printed = _last_result(log_text)
     figures = {**printed, **_figures(info), "driver_exit_code": code}
     if status == "failed" and "error" not in figures:
-        figures["error"] = _first_line(info.message or f"the job is {info.status}")
+        figures["error"] = _lines(info.message or f"the job is {info.status}")[-1]
     common = {
         name: figures.pop(name) for name in ("job", "out", "planned", "committed", "filtered", "rejected", "fingerprint",
         "mlflow_run_id", "elapsed_s") if name in figures
@@ -332,5 +332,9 @@ def _figures(info: Any) -> dict[str, Any]:
     return {"submission_id": info.submission_id, "state": str(info.status), "attempt": _attempt(info)}
 
 
-def _first_line(error: object) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _first_line(error: BaseException) -> str:
+    return next(iter(_lines(str(error))), type(error).__name__)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
