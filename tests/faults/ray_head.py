@@ -67,7 +67,7 @@ def started_head(num_cpus: int = 2, env: dict[str, str] | None = None) -> Iterat
         finally:
             process.send_signal(signal.SIGTERM)  # it ends what it started
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+                process.wait(5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
