@@ -22,7 +22,9 @@ from pipeline.errors import ConfigError, TokenreelError
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
-_INNER = frozenset(("shards", "index", "rejects", "checkpoints", "pictures", "model", ".git", ".venv", "node_modules"))
+_INNER = frozenset(("shards", "index", "rejects", "checkpoints", "pictures", "model", "best_model", "tokenizer"))
+"""Folders that a job makes in its own, in which no other job writes."""
+_ELSEWHERE = frozenset((".git", ".venv", "node_modules"))
 _SILENT_S = 60.0
 _SHOWN = (
     *("loss", "masked_token_accuracy", "tokens_per_s", "data_wait_share"),
@@ -72,8 +74,9 @@ def find_jobs(project: Path) -> Iterator[Path]:
     """The folders beneath `project` in which a job keeps its files; neither links nor the insides of datasets and runs
     are followed."""
     for folder, names, files in os.walk(project):
-        names[:] = [name for name in names if name not in _INNER]
-        if SPOOL_NAME in files:
+        is_job = SPOOL_NAME in files
+        names[:] = [name for name in names if name not in (_INNER if is_job else _ELSEWHERE)]
+        if is_job:
             yield Path(folder)
 
 

@@ -49,7 +49,8 @@ def started_head(num_cpus: int = 2, env: dict[str, str] | None = None) -> Iterat
         words += ["--disable-usage-stats", "--include-dashboard=true"]
         # Its folder is an option, so nothing is noted where others look: RAY_TMPDIR is for that note.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs start `python`
-        environment = {**os.environ, "PATH": path, "RAY_TMPDIR": folder, **(env or {})}
+        # Where a home folder holds a token, Ray would ask for it.
+        environment = {**os.environ, "PATH": path, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", **(env or {})}
         environment.pop("RAY_ADDRESS", None)
         with (Path(folder) / "log").open("w") as log:
             process = subprocess.Popen(

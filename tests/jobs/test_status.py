@@ -45,11 +45,11 @@ def test_how_a_job_stands_that_has_not_ended(stages: Stages, tmp_path: Path) -> 
 
 
 def test_damaged_and_foreign_files_are_no_reason_to_fail(tmp_path: Path) -> None:
-    for name in ("a", "b/shards", "c"):
+    for name in ("a/shards", "c"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a" / SPOOL_NAME).write_text("{half")
     (tmp_path / "a" / "dataset.json").write_text("{half")
-    (tmp_path / "b" / "shards" / SPOOL_NAME).write_text("{}")  # inside a dataset is no job
+    (tmp_path / "a" / "shards" / SPOOL_NAME).write_text("{}")  # inside a dataset is no job
     (tmp_path / "c" / SPOOL_NAME).write_text("{}")
     assert [folder.name for folder in sorted(find_jobs(tmp_path))] == ["a", "c"]
     jobs = run(StatusConfig(project=tmp_path)).figures["jobs"]
