@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import shlex
 
-from tests.infra.versions import image, load
+from tests.infra.versions import image, load, ray_start_options
 
 
 def test_rays_own_schema_takes_it() -> None:
@@ -12,15 +12,12 @@ def test_rays_own_schema_takes_it() -> None:
 
 
 def test_what_it_starts() -> None:
-    from ray.scripts.scripts import start
-
     config = load("ray/cluster.yaml")[0]
     assert config["docker"]["image"] == image()
     nodes = config["available_node_types"]
     assert nodes[config["head_node_type"]]["resources"] == {"CPU": 0}
     assert sum(node.get("max_workers", 0) for node in nodes.values()) == config["max_workers"]
-    options = {option for parameter in start.params for option in parameter.opts + parameter.secondary_opts}
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         for words in map(shlex.split, commands):
             if words[:2] == ["ray", "start"]:
-                assert {word.partition("=")[0] for word in words[2:]} <= options
+                assert {word.partition("=")[0] for word in words[2:]} <= ray_start_options()

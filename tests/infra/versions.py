@@ -29,6 +29,13 @@ def load(name: str) -> list[Any]:
     return list(yaml.load_all((INFRA / name).read_text(), _Strict))
 
 
+def ray_start_options() -> set[str]:
+    """The options that the installed `ray start` has."""
+    from ray.scripts.scripts import start
+
+    return {option for parameter in start.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
 class _Strict(yaml.SafeLoader):
     pass
 
