@@ -20,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from jobs.cluster import prepare_environment
 from jobs.result import JobResult
 from pipeline.errors import ConfigError, TokenreelError
 
@@ -115,6 +116,7 @@ def run(argv: list[str]) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    prepare_environment()
     name, rest = _take_name(argv)
     if name in ("-h", "--help"):
         print(_usage())

@@ -33,6 +33,9 @@ _ENV = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_initial_delay_ms": "2000",
+    # A connection on which nothing answers is broken, and what ran at its other end is done again; by default after minutes.
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
 
 

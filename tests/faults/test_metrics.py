@@ -54,8 +54,7 @@ def test_prometheus_has_what_the_dashboard_shows(
             config = small_pretrain_config(tokens, tmp_path / "model")
             path = save_config(tmp_path / "config", config)
             long = ("--loop.steps", "300", "--loop.save-every-steps", "300", "--loop.picture-every-steps", "0")
-            view = ("--backbone.grid-height", "16", "--backbone.grid-width", "16")
-            run("pretrain", "debug", "--config", path, *long, *view, cwd=tmp_path / "c", address=head.gcs)
+            run("pretrain", "debug", "--config", path, *long, cwd=tmp_path / "c", address=head.gcs)
             deadline = time.monotonic() + 20
             wanted = dashboard_metrics() - _ONLY_WITH_A_KNOWN_PEAK
             while missing := wanted - set(query("label/__name__/values")):
