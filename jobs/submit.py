@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -73,6 +74,10 @@ class SubmitConfig:
             raise ConfigError(
                 f"submit: max_pack_mb = {self.max_pack_mb} must be more than 0, num_cpus = {self.num_cpus} 0 or more"
             )
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise ConfigError(
+                f"submit: name = {self.name!r}: letters, digits and _ . - only; it becomes part of an address"
+            )
         if missing := [name for name in self.env if name not in os.environ]:
             raise ConfigError(f"--env {missing[0]}: no such environment variable here; export it, or leave it out")
 
@@ -81,6 +86,7 @@ class SubmitConfig:
 class Submission:
     """A job as the cluster knows it. name: of all its attempts. digest: of its resolved config."""
 
+    job: str
     name: str
     digest: str
     entrypoint: str
@@ -103,10 +109,12 @@ def describe(config: SubmitConfig) -> Submission:
         )
     text = f"{job} {to_text(job_config)}"
     target = out or text
-    default = f"{job}-{Path(out).name or 'job'}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
+    folder = re.sub(r"[^\w.-]", "-", Path(out.partition("?")[0]).name) or "job"
+    default = f"{job}-{folder}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
     # -P: what stands in the working directory is never mistaken for our packages.
     return Submission(
-        name=(config.name or default).replace(" ", "-"),
+        job=job,
+        name=config.name or default,
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         entrypoint=f"python -P -m jobs {shlex.join(config.words)}",
     )
@@ -131,7 +139,7 @@ def run(config: SubmitConfig) -> JobResult:
         submission_id = newest.submission_id
         if not config.wait and not newest.status.is_terminal():
             log.info(f"submit: {submission_id} is {newest.status}; the same command follows it")
-            return JobResult(job=config.words[0], out="", figures=_figures(newest))
+            return JobResult(job=submission.job, out="", figures=_figures(newest))
         try:
             log_text = asyncio.run(_follow(client, submission_id))
         except KeyboardInterrupt:
@@ -141,7 +149,7 @@ def run(config: SubmitConfig) -> JobResult:
             log.warning(f"submit: stopping {submission_id}; the same command starts it again, and it resumes")
             _stop(client, newest, submission)
             raise
-        return _result(client.get_job_info(submission_id), log_text, config.words[0])
+        return _result(client.get_job_info(submission_id), log_text, submission.job)
 
 
 @contextlib.contextmanager
@@ -211,7 +219,7 @@ def _is_same_job(newest: Any, submission: Submission) -> bool:
 def _submit(client: Any, config: SubmitConfig, submission: Submission, newest: Any) -> Any:
     attempt = 1 if newest is None else _attempt(newest) + 1
     submission_id = f"{submission.name}-{attempt}"
-    if not ({"MLFLOW_TRACKING_URI"} & {*config.env}):
+    if "MLFLOW_TRACKING_URI" not in config.env:
         log.info(
             "submit: no --env MLFLOW_TRACKING_URI: unless the cluster's nodes have one, the job's run stays unseen"
         )
@@ -307,10 +315,9 @@ def _report(client: Any, newest: Any, submission: Submission) -> JobResult:
             f"no job named {submission.name} on this cluster; the same command without --action starts it"
         )
     log.info(f"submit: {newest.submission_id} is {newest.status}")
-    job = submission.entrypoint.split()[4]
     if not newest.status.is_terminal():
-        return JobResult(job=job, out="", figures=_figures(newest))
-    return _result(newest, client.get_job_logs(newest.submission_id), job)
+        return JobResult(job=submission.job, out="", figures=_figures(newest))
+    return _result(newest, client.get_job_logs(newest.submission_id), submission.job)
 
 
 def _stop(client: Any, newest: Any, submission: Submission) -> JobResult:
@@ -325,7 +332,7 @@ def _stop(client: Any, newest: Any, submission: Submission) -> JobResult:
             )
         time.sleep(_POLL_S / 4)
     log.info(f"submit: {newest.submission_id} is {info.status}")
-    return JobResult(job=submission.entrypoint.split()[4], out="", figures=_figures(info))
+    return JobResult(job=submission.job, out="", figures=_figures(info))
 
 
 def _figures(info: Any) -> dict[str, Any]:

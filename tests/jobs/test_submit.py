@@ -36,6 +36,8 @@ def test_the_same_job_has_the_same_name_and_digest_however_it_is_written() -> No
     assert (other.name == first.name, other.digest == first.digest) == (True, False)
     assert describe(parse("shard", "videos", "/elsewhere/clips")).name != first.name
     assert describe(parse("shard", "videos", "/clips", "--name", "nightly")).name == "nightly"
+    elsewhere = describe(parse("shard", "videos", "s3://b/my clips?endpoint_override=http://h:9"))
+    assert elsewhere.name.startswith("shard-my-clips-")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_the_same_job_has_the_same_name_and_digest_however_it_is_written() -> No
         ("pretrain no-such-recipe", "no-such-recipe"),
         ("shard videos /clips --env NO_SUCH_NAME_HERE", "--env NO_SUCH_NAME_HERE: no such"),
         ("shard videos /clips --max-pack-mb 0", "max_pack_mb = 0"),
+        ("shard videos /clips --name ../x", "name = '../x'"),
         ("shard videos /clips", "address = ''.*RAY_API_SERVER_ADDRESS"),
         ("shard videos /clips --address head:6379", "head:6379.*http://head:8265"),
     ],
