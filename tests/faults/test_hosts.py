@@ -162,9 +162,7 @@ def _can_make_hosts() -> bool:
 
 
 @pytest.fixture(scope="module")
-def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
-    if not request.config.getoption("--fault-runs"):
-        pytest.skip("needs hosts of its own and minutes: make faults")
+def hosts(only_in_make_faults: None) -> Iterator[Hosts]:
     if not _can_make_hosts():
         pytest.skip("needs root and ip (iproute2), to make network namespaces")
     with tempfile.TemporaryDirectory(prefix="tr", ignore_cleanup_errors=True) as folder:
@@ -208,7 +206,9 @@ class Job:
 
 
 @pytest.mark.parametrize("mode", ["transcode", "tokens-of-copy"])
-def test_a_host_is_cut_off_from_a_data_job(hosts: Hosts, unbroken: Unbroken, tmp_path: Path, mode: str) -> None:
+def test_a_host_is_cut_off_from_a_data_job(
+    only_in_make_faults: None, hosts: Hosts, unbroken: Unbroken, tmp_path: Path, mode: str
+) -> None:
     whole, out = unbroken[mode], tmp_path / "out"
     began = time.monotonic()
     job = Job(hosts, unbroken.words(mode, out), tmp_path)
@@ -221,7 +221,7 @@ def test_a_host_is_cut_off_from_a_data_job(hosts: Hosts, unbroken: Unbroken, tmp
     check_same(out, whole)  # what still ran on the cut-off host has changed nothing since
 
 
-def test_a_host_is_cut_off_from_a_training_run(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_host_is_cut_off_from_a_training_run(only_in_make_faults: None, hosts: Hosts, tmp_path: Path) -> None:
     steps, tokens = 150, make_tokens(tmp_path / "tokens")
     elastic = WorkersConfig(num_workers=4, min_workers=2)
     config = make_config(tokens, tmp_path / "run", elastic, layers=8, steps=steps, save_every_steps=20)

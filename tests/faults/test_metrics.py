@@ -24,11 +24,7 @@ _ONLY_WITH_A_KNOWN_PEAK = {"ray_tokenreel_mfu"}
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: apt-get install prometheus")
-def test_prometheus_has_what_the_dashboard_shows(
-    fault_corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--fault-runs"):
-        pytest.skip("needs a cluster of its own and minutes: make faults")
+def test_prometheus_has_what_the_dashboard_shows(only_in_make_faults: None, fault_corpus: Path, tmp_path: Path) -> None:
     from jobs.config import save_config
 
     soon = {"RAY_metrics_report_interval_ms": "1000"}  # by default every 10 s, and these jobs are short

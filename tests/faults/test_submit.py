@@ -22,9 +22,7 @@ _AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 @pytest.fixture(scope="module")
-def head(request: pytest.FixtureRequest) -> Iterator[Head]:
-    if not request.config.getoption("--fault-runs"):
-        pytest.skip("needs a cluster of its own and minutes: make faults")
+def head(only_in_make_faults: None) -> Iterator[Head]:
     with started_head(env=_AUTH) as head:
         yield head
 
@@ -60,13 +58,15 @@ class Submitter:
 
 
 @pytest.fixture
-def submitter(head: Head, fault_corpus: Path, tmp_path: Path) -> Submitter:
+def submitter(only_in_make_faults: None, head: Head, fault_corpus: Path, tmp_path: Path) -> Submitter:
     folder = tmp_path / "work"
     folder.mkdir()
     return Submitter(head, folder, fault_corpus)
 
 
-def test_a_job_runs_there_as_here(submitter: Submitter, fault_corpus: Path, tmp_path: Path) -> None:
+def test_a_job_runs_there_as_here(
+    only_in_make_faults: None, submitter: Submitter, fault_corpus: Path, tmp_path: Path
+) -> None:
     words = ("shard", "list.csv", tmp_path / "clips", "--root", fault_corpus, *ALWAYS)
     result, said = submitter.run(*words, "--env", "MY_SECRET", MY_SECRET="hunter2")
     assert (result["job"], result["status"], result["state"], result["attempt"]) == ("shard", "done", "SUCCEEDED", 1)
@@ -78,7 +78,7 @@ def test_a_job_runs_there_as_here(submitter: Submitter, fault_corpus: Path, tmp_
     assert {**again, "elapsed_s": 0} == {**result, "elapsed_s": 0}, "a job that succeeded is reported, not run again"
 
 
-def test_exit_codes_are_the_jobs(submitter: Submitter, tmp_path: Path) -> None:
+def test_exit_codes_are_the_jobs(only_in_make_faults: None, submitter: Submitter, tmp_path: Path) -> None:
     result, _ = submitter.run("verify", tmp_path / "nothing", expect=2)
     assert result["driver_exit_code"] == 2 and "dataset.json" in result["error"]
     (tmp_path / "bad").mkdir()
@@ -91,7 +91,9 @@ def test_exit_codes_are_the_jobs(submitter: Submitter, tmp_path: Path) -> None:
     assert result["attempt"] == 2, "a job that failed is started anew"
 
 
-def test_attach_status_stop_and_ctrl_c(submitter: Submitter, fault_corpus: Path, tmp_path: Path) -> None:
+def test_attach_status_stop_and_ctrl_c(
+    only_in_make_faults: None, submitter: Submitter, fault_corpus: Path, tmp_path: Path
+) -> None:
     submitter.run("shard", "list.csv", tmp_path / "clips", "--root", fault_corpus, *ALWAYS)
     words = ("train-tokenizer", tmp_path / "clips", tmp_path / "tokenizer", "--tokenizer.channels", "8")
     words = (*words, "--loader.frames.size-px", "32", "--loader.batch-size", "4", "--loop.steps")
@@ -119,7 +121,7 @@ def test_attach_status_stop_and_ctrl_c(submitter: Submitter, fault_corpus: Path,
 
 
 @pytest.mark.parametrize("token", ["", "f" * 32])
-def test_no_token_and_a_wrong_one(submitter: Submitter, tmp_path: Path, token: str) -> None:
+def test_no_token_and_a_wrong_one(only_in_make_faults: None, submitter: Submitter, tmp_path: Path, token: str) -> None:
     env = {"RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     result, _ = submitter.run("verify", tmp_path, expect=2, **env)
     assert "RAY_AUTH_TOKEN" in result["error"] and TOKEN not in result["error"]
