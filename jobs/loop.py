@@ -116,6 +116,7 @@ class Context:
     should_stop: asked by every rank about every step whose metrics are fetched. Once it is true on one of them, all save a
         checkpoint after the last of these steps, and stop.
     saved: called on rank 0, in the background, with the folder of each checkpoint that is whole.
+    measured: called on rank 0 with the metrics of each step, its number among them as "step".
     """
 
     run: Path
@@ -124,6 +125,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     should_stop: Callable[[], bool] = lambda: False
     saved: Callable[[Path], None] = lambda checkpoint: None
+    measured: Callable[[Mapping[str, float]], None] = lambda metrics: None
 
 
 class Batches(Protocol):
@@ -201,6 +203,7 @@ def train(
                 cursor = Cursor(step=cursor.step + 1, keys_digest=digest, recent_loss=sum(losses) / len(losses))
                 if journal is not None:
                     journal.log(cursor.step, metrics | pause)
+                    context.measured({**metrics, "step": cursor.step})
                 pause = {}
             if context.rank == 0 and config.parallel == "ddp":
                 _draw(objective, cursor.step, config, draw)

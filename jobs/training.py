@@ -24,6 +24,7 @@ from jobs.checkpoint import best_checkpoint, discard, list_checkpoints, read_cur
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
+from jobs.gauges import JobMetrics
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
 from jobs.mirror import MARKER_NAME, Mirror
@@ -234,6 +235,7 @@ def _fit(
     num_parts: int,
 ) -> None:
     settings = {
+        "job": job,
         "build": build,
         "run": out.resolve(),
         "loop": config,
@@ -330,7 +332,12 @@ def _work(settings: dict[str, Any]) -> _Outcome:
         if rank >= world_size:
             return _Outcome()
     context = Context(
-        run=run, rank=rank, world_size=world_size, device=ray.train.torch.get_device(), should_stop=should_stop
+        run=run,
+        rank=rank,
+        world_size=world_size,
+        device=ray.train.torch.get_device(),
+        should_stop=should_stop,
+        measured=JobMetrics(settings["job"], run.name).set,
     )
     if workers.mirror:
         mirror = Mirror(workers.mirror)

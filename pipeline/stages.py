@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.metrics import Counter as MetricCounter
+from ray.util.metrics import Gauge
 
 from pipeline.dataset import DatasetMeta
 from pipeline.embedding import Embed, EmbedSettings, write_embedding_shard
@@ -183,6 +185,11 @@ def _use(encoder: Any) -> EncoderUse:
         return EncoderUse()
 
 
+ENCODER_METRICS = {
+    "tokenreel_encoder_busy_share": "Share of the time since its first batch in which an encoder encoded.",
+    "tokenreel_encoder_frames": "Frames that an encoder encoded.",
+}
+"""Name to description of what each encoder exports; see `jobs/gauges.py`."""
 _OPEN_SHARDS = 2
 _MAX_RETRIES = 5
 """Times that a shard, or a group of clips, whose process died is tried again."""
@@ -206,6 +213,8 @@ class _Encoder:
         self._clips, self._out, self._fingerprint, self._settings = clips, out, fingerprint, settings
         self._encode, self._groups_ahead = make_encode(), groups_ahead
         self._turns, self._clock = threading.Semaphore(batches_at_a_time), BusyClock()
+        busy, frames = ENCODER_METRICS.items()
+        self._busy_share, self._num_frames = Gauge(*busy), MetricCounter(*frames)
 
     def write_shard(self, shard: int) -> Written:
         rows = read_shard_rows(self._clips, shard)
@@ -227,7 +236,10 @@ class _Encoder:
 
     def _encode_in_turn(self, frames: np.ndarray) -> np.ndarray:
         with self._turns, self._clock:
-            return self._encode(frames)
+            codes = self._encode(frames)
+        self._busy_share.set(1 - self._clock.use().wait_share)
+        self._num_frames.inc(len(frames))
+        return codes
 
     def _decode_ahead(self, rows: list[dict[str, Any]]) -> Iterator[Piece]:
         groups = group_rows(rows, self._settings)

@@ -96,6 +96,14 @@ def test_what_a_step_reports(tmp_path: Path) -> None:
     assert {"lr", "grad_norm", "step_s", "data_wait_share", "samples_per_s", "peak_memory_bytes"} <= row.keys()
 
 
+def test_whoever_watches_is_told_what_the_journal_holds(tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+    context = Context(run=tmp_path, measured=lambda metrics: told.append(dict(metrics)))
+    train(Noisy(), Steps(), context, CONFIG, OPTIM)
+    rows = list(read_journal(tmp_path / "metrics.jsonl"))
+    assert [(one["step"], one["loss"]) for one in told] == losses(rows)
+
+
 def test_checkpoints_are_saved_as_often_and_kept_as_many_as_told(tmp_path: Path) -> None:
     run_loop(tmp_path / "all")
     assert [path.name for path in list_checkpoints(tmp_path / "all")] == ["00000002", "00000004", "00000006"]
