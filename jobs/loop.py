@@ -191,8 +191,9 @@ def train(
             saver = stack.enter_context(CheckpointSaver(context.run, config.keep_checkpoints, context.saved))
         ahead = stack.enter_context(contextlib.closing(_prefetch(objective, batches, cursor.step, config, context)))
         for parts, keys, wait_s in ahead:
+            begun = time.perf_counter() - wait_s
             measured = step(parts, cursor.step + len(pending))
-            pending.append(_Pending(keys=keys, measured=measured, wait_s=wait_s, begun=time.perf_counter() - wait_s))
+            pending.append(_Pending(keys=keys, measured=measured, wait_s=wait_s, begun=begun))
             if not _is_due(cursor.step + len(pending), config, context):
                 continue
             is_stopping = False
@@ -225,7 +226,8 @@ def train(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pending:
-    """A step that was taken, whose numbers were not fetched yet. `begun` is on the clock of `time.perf_counter`."""
+    """A step that was taken, whose numbers were not fetched yet. `begun`: when the wait for its batch began, on the clock of
+    `time.perf_counter`."""
 
     keys: list[str]
     measured: Measured
