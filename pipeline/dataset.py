@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.files import parse_parquet
 from pipeline.ledger import Ledger
 from pipeline.plan_file import PLAN_NAME
 from pipeline.schema import SCHEMA_VERSION, Reject
@@ -242,7 +242,7 @@ def read_index(place: Place, columns: list[str] | None = None) -> pa.Table:
     store = Store.at(place)
 
     def read(shard: int) -> pa.Table:
-        table = pq.read_table(pa.BufferReader(store.read(index_name(shard))), columns=columns)
+        table = parse_parquet(store.read(index_name(shard)), columns)
         return table.replace_schema_metadata(None).append_column(
             "shard", pa.repeat(pa.scalar(shard, pa.int32()), len(table))
         )
@@ -264,7 +264,7 @@ def read_rejects(place: Place) -> Iterator[Reject]:
 
 def read_rejects_file(store: Store, name: str) -> list[Reject]:
     """The rejects of one file."""
-    return [Reject(**row) for row in pq.read_table(pa.BufferReader(store.read(name))).to_pylist()]
+    return [Reject(**row) for row in parse_parquet(store.read(name)).to_pylist()]
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset import DatasetMeta
 from pipeline.errors import ConfigError
+from pipeline.files import parse_parquet
 
 _MADE_FOR = b"tokenreel.made_for"
 
@@ -32,7 +33,7 @@ def read_keep_list(path: Path, meta: DatasetMeta) -> pa.ChunkedArray:
             rejects were tried again.
     """
     try:
-        table = pq.read_table(path)
+        table = parse_parquet(path.read_bytes())
         made_for = json.loads((table.schema.metadata or {})[_MADE_FOR])
         keys = table["key"]
     except FileNotFoundError:

@@ -13,9 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.clips import ClipConfig
 from pipeline.cut import Cut
 from pipeline.cutting import check_storage, cut_video, needs_check
@@ -23,6 +20,7 @@ from pipeline.dataset import DatasetMeta
 from pipeline.decode import require_decodable
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
+from pipeline.files import parse_parquet
 from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig
@@ -237,7 +235,7 @@ class _Previous:
             self._rows[row["source"]].append(row)
         self._rejects: dict[str, list[Reject]] = defaultdict(list)
         if store.exists(rejects_name(shard)):
-            for record in pq.read_table(pa.BufferReader(store.read(rejects_name(shard)))).to_pylist():
+            for record in parse_parquet(store.read(rejects_name(shard))).to_pylist():
                 self._rejects[record["path"]].append(Reject(**record))
         self._tar = store.open(shard_name(shard))
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DatasetError, TransientIO
+from pipeline.files import parse_parquet
 from pipeline.ledger import Ledger
 from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
 from pipeline.storage import Store
@@ -289,7 +290,7 @@ def read_shard_rows(store: Store, shard: int) -> list[dict[str, Any]]:
     """
     data = store.read(index_name(shard))
     try:
-        return [{**row, "shard": shard} for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+        return [{**row, "shard": shard} for row in parse_parquet(data).to_pylist()]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(
             f"{store.where(index_name(shard))} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"

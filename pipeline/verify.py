@@ -14,11 +14,11 @@ from typing import IO, Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.dataset import PLAN_REJECTS, DatasetMeta, Place, listed_shards, read_meta, read_rejects_file
 from pipeline.embedding import hash_vector, vectors_of
 from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
+from pipeline.files import parse_parquet
 from pipeline.ledger import Ledger
 from pipeline.schema import Split
 from pipeline.shards import (
@@ -173,7 +173,7 @@ def _verify_embeddings(store: Store, shard: int, info: ShardInfo, seen: _Seen) -
     """A shard that is its index file alone."""
     yield from _verify_rejects(store, shard, info)
     index = store.where(index_name(shard))
-    table = pq.read_table(pa.BufferReader(store.read(index_name(shard))))
+    table = parse_parquet(store.read(index_name(shard)))
     vectors, rows = vectors_of(table), table.drop_columns(["embedding"]).to_pylist()
     yield from _verify_rows(index, shard, rows, info, seen)
     if digest_rows(rows) != info.content:
