@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
 from models.tokenizers.base import load_tokenizer
-from pipeline.dataset import committed_shards, read_index, read_meta
+from pipeline.dataset import committed_shards, note_parent, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.quality import keep_mask
 from pipeline.schema import SCORES
@@ -74,8 +73,7 @@ def run(config: TokenizeConfig) -> JobResult:
     meta = describe_tokens(clips, to_plain(config.settings), identity)
     if config.settings.keep.given():  # a threshold on clips that were never scored would filter all of them
         keep_mask(read_index(source, [f"score_{name}" for name in SCORES]), config.settings.keep)
-    both_local = source.is_local and out.is_local
-    meta.extra["clips"] = os.path.relpath(source.path().resolve(), out.path().resolve()) if both_local else source.url
+    note_parent(meta, out, source)
     inputs = [
         DatasetInput(name=source.name, fingerprint=clips.fingerprint, uri=source.url),
         DatasetInput(

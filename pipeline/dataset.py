@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ from pipeline.storage import Store
 _META = "dataset.json"
 PLAN_REJECTS = "rejects/plan.parquet"
 _PARTS = ("shards", "index", "rejects")
+_PARENTS = {"tokens": "clips", "embeddings": "tokens"}
+"""Kind of the dataset that one is made from; `extra` has its place under that name."""
 _READ_THREADS = 16
 Place = Store | Path | str
 
@@ -84,7 +87,8 @@ def create_or_resume(
     # A killed job may have come this far and no further, so each step is one that can be done again.
     if store.is_local:
         for part in _PARTS:
-            store.path(part).mkdir(exist_ok=True)
+            if part != "shards" or meta.kind != "embeddings":  # theirs are in the index
+                store.path(part).mkdir(exist_ok=True)
         _remove_leftovers(store, ("", *_PARTS, "tokenizer"))
     for source, name in ((plan_rejects, PLAN_REJECTS), (plan, PLAN_NAME)):
         if source is not None and not store.exists(name):
@@ -132,16 +136,25 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
 
 
 def find_parent(store: Store, meta: DatasetMeta) -> Store | None:
-    """The clip dataset that the token dataset in `store` was made from, where it is still at hand."""
-    place = meta.extra.get("clips")
+    """The clip dataset that the token dataset in `store` was made from, or the token dataset of embeddings, where it is still
+    at hand."""
+    kind = _PARENTS.get(meta.kind, "")
+    place = meta.extra.get(kind)
     if place is None:
         return None
     parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
     try:
-        found = read_meta(parent, kind="clips").fingerprint
+        found = read_meta(parent, kind=kind).fingerprint
     except ConfigError:
         return None
     return parent if found == meta.parent_fingerprint else None
+
+
+def note_parent(meta: DatasetMeta, out: Store, parent: Store) -> None:
+    """Have `meta` say where its parent lies: seen from `out` where both are local, so that they can be moved together."""
+    both_local = parent.is_local and out.is_local
+    place = os.path.relpath(parent.path().resolve(), out.path().resolve()) if both_local else parent.url
+    meta.extra[_PARENTS[meta.kind]] = place
 
 
 def write_meta(place: Place, meta: DatasetMeta) -> None:

@@ -76,7 +76,7 @@ class Reject:
     """
 
     path: str
-    stage: Literal["plan", "shard", "tokenize"]
+    stage: Literal["plan", "shard", "tokenize", "embed"]
     reject_class: str
     reason: str
     outcome: Outcome = "rejected"
@@ -147,6 +147,31 @@ CLIP_SCHEMA = pa.schema(
 )
 # Of the clip that a token sample shows, and in which view; `view` is "" where its dataset has one view a clip.
 TOKEN_SCHEMA = pa.schema([*_COMMON, ("clip_key", pa.string()), ("view", pa.string()), ("clip_sha256", pa.string())])
+
+# Of the token sample, or the window of one, that a row is about. Behind these stands `embedding`, a fixed-size list of as many
+# float32 as the model is wide; `sha256` is over its little-endian bytes.
+EMBEDDING_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("sample_key", pa.string()),
+        ("clip_key", pa.string()),
+        ("view", pa.string()),
+        ("video_id", pa.string()),
+        ("source", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("first_frame", pa.int32()),
+        ("num_frames", pa.int32()),
+        ("num_windows", pa.int32()),
+        ("fps", pa.float64()),
+        ("caption", pa.string()),
+        ("label", pa.string()),
+        ("split", pa.string()),
+        ("extra", pa.string()),
+        *((f"score_{name}", pa.float64()) for name in SCORES),
+        ("sha256", pa.string()),
+    ]
+)
 
 
 class TokenBatch(TypedDict):

@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, NamedTuple
 
@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DatasetError, TransientIO
 from pipeline.ledger import Ledger
-from pipeline.schema import CLIP_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
+from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
 from pipeline.storage import Store
 
-INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA}
+INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA, "embeddings": EMBEDDING_SCHEMA}
 _INFO_KEY = b"tokenreel.shard"
 _PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
 COUNTED = ("codec", "ext", "source_codec", "source_container")
@@ -156,7 +156,7 @@ class ShardWriter:
         info = ShardInfo(
             fingerprint=self._fingerprint,
             tar_bytes=tar_bytes,
-            content=_content(rows),
+            content=digest_rows(rows),
             parent_content=parent_content,
             ledger=ledger,
             totals=_totals(rows),
@@ -166,7 +166,7 @@ class ShardWriter:
         self._store.put(self._scratch, shard_name(self._shard))
         write_rejects(self._store, rejects_name(self._shard), rejects)
         table = pa.Table.from_pylist(rows, schema=index_schema(self._kind, info))
-        self._store.write(index_name(self._shard), _parquet(table))
+        self._store.write(index_name(self._shard), to_parquet(table))
         return info
 
     def abort(self) -> None:
@@ -317,7 +317,7 @@ def read_payload(store: Store, row: dict[str, Any]) -> bytes:
 def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
     """Replace the rejects file `name`; no rejects, no file."""
     if rejects:
-        store.write(name, _parquet(pa.Table.from_pylist([asdict(r) for r in rejects], schema=REJECT_SCHEMA)))
+        store.write(name, to_parquet(pa.Table.from_pylist([asdict(r) for r in rejects], schema=REJECT_SCHEMA)))
     else:
         store.remove(name)
 
@@ -344,13 +344,15 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _parquet(table: pa.Table) -> bytes:
+def to_parquet(table: pa.Table) -> bytes:
+    """A Parquet file of `table`; the same bytes for the same table."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
 
 
-def _content(rows: list[dict[str, Any]]) -> str:
+def digest_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The `content` of a shard with these samples: their keys and the SHA-256 of their payloads."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(f"{row['key']} {row['sha256']}\n".encode())

@@ -1,4 +1,4 @@
-"""The Ray part of shard and tokenize. What happens to one shard is plain code elsewhere; here is only who does it."""
+"""The Ray part of shard, tokenize and embed. What happens to one shard is plain code elsewhere; here is only who does it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from pipeline.dataset import DatasetMeta
+from pipeline.embedding import Embed, EmbedSettings, write_embedding_shard
 from pipeline.encoding import Encode, Piece
 from pipeline.errors import TokenreelError
 from pipeline.schema import VideoRef
@@ -103,18 +104,48 @@ def run_tokenize(
     """
     num_encoders = min(num_encoders, len(todo))
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    encoder_class = ray.remote(_Encoder).options(
+    groups_ahead = 1 + math.ceil(cpus / num_encoders)
+    arguments = (clips, out, meta.fingerprint, settings, make_encode, _batches_at_a_time(encoder_resources))
+    encoders = [_actor_class(_Encoder, encoder_resources).remote(*arguments, groups_ahead) for _ in range(num_encoders)]
+    return _write_shards(encoders, todo, on_shard)
+
+
+def run_embed(
+    tokens: Store,
+    out: Store,
+    meta: DatasetMeta,
+    settings: EmbedSettings,
+    make_embed: Callable[[], Embed],
+    todo: list[int],
+    on_shard: OnShard,
+    num_encoders: int,
+    encoder_resources: dict[str, float],
+) -> EncoderUse:
+    """Write the embedding shards `todo` with `num_encoders` actors; arguments and result are those of `run_tokenize`.
+
+    Each actor works on two shards at a time, so that tokens of one are read while the other's are embedded.
+    """
+    arguments = (tokens, out, meta.fingerprint, settings, make_embed, _batches_at_a_time(encoder_resources))
+    actor = _actor_class(_Embedder, encoder_resources)
+    return _write_shards([actor.remote(*arguments) for _ in range(min(num_encoders, len(todo)))], todo, on_shard)
+
+
+def _actor_class(kind: type[Any], resources: dict[str, float]) -> Any:
+    return ray.remote(kind).options(
         max_concurrency=_OPEN_SHARDS + 1,  # one thread answers while the others work
         max_restarts=-1,
         max_task_retries=_MAX_RETRIES,
         scheduling_strategy="SPREAD",
-        **encoder_resources,
+        **resources,
     )
-    arguments = (clips, out, meta.fingerprint, settings, make_encode)
-    batches_at_a_time, groups_ahead = 2 if "num_gpus" in encoder_resources else 1, 1 + math.ceil(cpus / num_encoders)
-    encoders: list[Any] = [
-        encoder_class.remote(*arguments, batches_at_a_time, groups_ahead) for _ in range(num_encoders)
-    ]
+
+
+def _batches_at_a_time(resources: dict[str, float]) -> int:
+    return 2 if "num_gpus" in resources else 1
+
+
+def _write_shards(encoders: list[Any], todo: list[int], on_shard: OnShard) -> EncoderUse:
+    """Have actors with `write_shard` and `use` write these shards, and return how busy they were."""
     waiting = deque(todo)
     running: dict[ray.ObjectRef, tuple[Any, int]] = {}
     times_lost: Counter[int] = Counter()
@@ -207,6 +238,34 @@ class _Encoder:
 
     def _decode(self, rows: list[dict[str, Any]]) -> Any:
         return _decode_task.remote(self._clips, rows, self._settings)
+
+
+class _Embedder:
+    """Owns a model and the shards it is asked to write."""
+
+    def __init__(
+        self,
+        tokens: Store,
+        out: Store,
+        fingerprint: str,
+        settings: EmbedSettings,
+        make_embed: Callable[[], Embed],
+        batches_at_a_time: int,
+    ) -> None:
+        self._tokens, self._out, self._fingerprint, self._settings = tokens, out, fingerprint, settings
+        self._embed = make_embed()
+        self._turns, self._clock = threading.Semaphore(batches_at_a_time), BusyClock()
+        self.window, self.pad, self.width = self._embed.window, self._embed.pad, self._embed.width
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        with self._turns, self._clock:
+            return self._embed(windows)
+
+    def write_shard(self, shard: int) -> Written:
+        return write_embedding_shard(self._tokens, self._out, self._fingerprint, shard, self, self._settings)
+
+    def use(self) -> EncoderUse:
+        return self._clock.use()
 
 
 # It streams, so that a clip of a day is never held whole. A limit to how far it may run ahead of its reader would hold

@@ -1,0 +1,89 @@
+"""What an arm's backbone is worth: frozen features and fine-tuning, by task and share of labels.
+
+Shapes: n clips; t h w token grid; d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jobs.frozen import Features
+from models.vimpac import VimpacBackbone
+from pipeline.labelled import LabelledClips, LabelledConfig
+from pipeline.schema import Split
+
+_SEGMENTS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskTokens:
+    """The tokens of a task: (n t h w) uint16, labels (n,), splits (n,), groups (n,)."""
+
+    name: str
+    classes: tuple[str, ...]
+    tokens: np.ndarray
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: np.ndarray
+
+    def of(self, split: Split) -> np.ndarray:
+        """Numbers of the clips in a split."""
+        return np.flatnonzero(self.splits == split)
+
+    def features(self, values: np.ndarray, split: Split, rows: np.ndarray | None = None) -> Features:
+        """`values` (n ...) of a split, or of these clips alone."""
+        rows = self.of(split) if rows is None else rows
+        return Features(values=values[rows], labels=self.labels[rows], groups=self.groups[rows])
+
+
+def read_task(tokens: Path, manifest: Path, window: tuple[int, int, int], pad: int) -> TaskTokens:
+    """All clips of a task, into memory."""
+    clips = LabelledClips(tokens, LabelledConfig(splits=manifest), window, pad)
+    kept = np.flatnonzero([split is not None for split in clips.splits])
+    classes = clips.classes()
+    place, rows, starts = clips.spread(kept, LabelledConfig().views, 1)
+    return TaskTokens(
+        name=manifest.stem,
+        classes=classes,
+        tokens=clips.read(rows, starts),
+        labels=clips.class_numbers(kept[place], classes),
+        splits=clips.splits[kept[place]],
+        groups=clips.video_ids[kept[place]],
+    )
+
+
+def draw_share(task: TaskTokens, share: float, seed: int) -> np.ndarray:
+    """Training clips to `share` of the labels: as many of each class as that is, and at least one."""
+    rng = np.random.default_rng([seed, 5])
+    chosen = []
+    for label in range(len(task.classes)):
+        members = rng.permutation(np.flatnonzero((task.splits == "train") & (task.labels == label)))
+        chosen.append(members[: max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+@torch.inference_mode()
+def embed(backbone: VimpacBackbone, tokens: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """(n 6d) float32: CLS, the mean over all tokens, and over each quarter of the frames."""
+    backbone.eval()
+    parts = []
+    for first in range(0, len(tokens), batch_size):
+        batch = torch.from_numpy(tokens[first : first + batch_size].astype(np.int64))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = backbone(batch, padded=False)
+        frames = features.tokens.float().mean(dim=(2, 3))  # n t d
+        quarters = frames.unflatten(1, (_SEGMENTS, -1)).mean(dim=2)
+        parts.append(torch.cat([features.cls.float(), frames.mean(dim=1), quarters.flatten(1)], dim=1).numpy())
+    return np.concatenate(parts)
+
+
+def histogram(tokens: np.ndarray, codebook_size: int) -> np.ndarray:
+    """(n codes) float32: how often each code stands in a clip; what is known without a network."""
+    flat = tokens.reshape(len(tokens), -1).astype(np.int64) + np.arange(len(tokens))[:, None] * codebook_size
+    counts = np.bincount(flat.ravel(), minlength=len(tokens) * codebook_size)
+    return counts.reshape(len(tokens), codebook_size).astype(np.float32)

@@ -1,0 +1,252 @@
+"""The embed stage without Ray: token samples to windows, and their embeddings to one committed shard, a Parquet file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.dataset import DatasetMeta
+from pipeline.errors import ConfigError, DatasetError
+from pipeline.ledger import Ledger
+from pipeline.schema import SCORES, Reject, fingerprint
+from pipeline.shards import (
+    ShardInfo,
+    Written,
+    digest_rows,
+    index_name,
+    index_schema,
+    read_shard_info,
+    read_shard_rows,
+    rejects_name,
+    shard_name,
+    to_parquet,
+    write_rejects,
+)
+from pipeline.storage import Store
+
+_CARRIED = ("clip_key", "view", "video_id", "source", "fps", "caption", "label", "split", "extra")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedSettings:
+    """What decides the content of an embedding dataset, beside its tokens and its model."""
+
+    rows: Literal["clip", "window"] = "clip"
+    """A row for each token sample, the mean over its windows, or a row for each window."""
+    stride: int = 0
+    """Frames between the beginnings of two windows; 0: as many as a window has, so that none overlap. Frames behind the last
+    whole window are left out."""
+    pool: Literal["cls", "mean", "cls-mean-drift"] = "cls-mean-drift"
+    """What of the network's output: CLS; the mean over tokens; or CLS, that mean, and how frames change along time, three times
+    as wide."""
+    layer: int = 0
+    """Whose output it is: 1 is the first layer; 0 is the network's own, after its last norm."""
+    batch_windows: int = 32
+    """Windows that are embedded together; part of the identity, because rounding may depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("clip", "window"):
+            raise ConfigError(f"rows = {self.rows!r}: allowed are clip, window")
+        if self.pool not in ("cls", "mean", "cls-mean-drift"):
+            raise ConfigError(f"pool = {self.pool!r}: allowed are cls, mean, cls-mean-drift")
+        if min(self.stride, self.layer) < 0 or self.batch_windows < 1:
+            raise ConfigError(
+                f"stride = {self.stride} and layer = {self.layer} must be 0 or more, batch_windows = {self.batch_windows} "
+                "1 or more"
+            )
+
+
+class Embed(Protocol):
+    """A model as this stage needs it; the caller of this package brings it.
+
+    window: (t, h, w) of what it takes. pad: token that stands where a sample is shorter than t. width: d.
+    """
+
+    window: tuple[int, int, int]
+    pad: int
+    width: int
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        """uint16 (b t h w) to float32 (b d)."""
+        ...
+
+
+def describe_embeddings(tokens: DatasetMeta, config: dict[str, Any], model: dict[str, Any]) -> DatasetMeta:
+    """The identity of the embedding dataset that `config` and a model make of `tokens`.
+
+    Args:
+        model: plain JSON with its `fingerprint`, `window` and `width`.
+    """
+    config = {**config, "model": model["fingerprint"]}
+    return DatasetMeta(
+        kind="embeddings",
+        fingerprint=fingerprint(kind="embeddings", parent=tokens.fingerprint, config=config),
+        config=config,
+        parent_fingerprint=tokens.fingerprint,
+        inputs_digest="",
+        num_shards=tokens.num_shards,
+        extra={"model": model},
+    )
+
+
+def write_embedding_shard(
+    tokens: Store, out: Store, dataset_fingerprint: str, shard: int, embed: Embed, settings: EmbedSettings
+) -> Written:
+    """Embed the samples of one token shard that have the model's grid, and commit their rows.
+
+    A sample whose bytes are not those that were committed becomes a reject.
+
+    Raises:
+        OSError: the shard's tar cannot be read at all.
+        DatasetError: the model gave embeddings for another number of windows than it got; nothing was committed.
+    """
+    parent = read_shard_info(tokens, shard)
+    assert parent is not None
+    samples = [row for row in read_shard_rows(tokens, shard) if (row["height"], row["width"]) == embed.window[1:]]
+    rejects: list[Reject] = []
+    rows: list[dict[str, Any]] = []
+    values: list[np.ndarray] = []
+    with tokens.open(shard_name(shard)) as file:
+        for sample, starts, vectors in _embed_samples(file, samples, rejects, embed, settings):
+            if settings.rows == "clip":
+                rows.append(_row(sample, sample["key"], 0, sample["num_frames"], len(starts)))
+                values.append(vectors.mean(axis=0, dtype=np.float64).astype(np.float32))
+                continue
+            for start, vector in zip(starts, vectors, strict=True):
+                frames = min(embed.window[0], sample["num_frames"] - start)
+                rows.append(_row(sample, f"{sample['key']}-w{start:06d}", start, frames, 1))
+                values.append(vector)
+    planned = len(rows) + len(rejects)
+    info = _commit(out, dataset_fingerprint, shard, embed.width, rows, values, rejects, planned, parent.content)
+    return Written(info, sum(sample["size"] for sample in samples))
+
+
+def _embed_samples(
+    file: IO[bytes], samples: list[dict[str, Any]], rejects: list[Reject], embed: Embed, settings: EmbedSettings
+) -> Iterator[tuple[dict[str, Any], list[int], np.ndarray]]:
+    """(sample, first frame of each window, vectors (windows d)) of each sample in order; windows of many share a batch.
+
+    Every batch has exactly `batch_windows` windows (the last one is padded), so that rounding does not depend on how far a
+    broken-off run came.
+    """
+    waiting: list[tuple[dict[str, Any], list[int]]] = []
+    windows: list[np.ndarray] = []
+    vectors = np.empty((0, embed.width), np.float32)
+
+    def known() -> Iterator[tuple[dict[str, Any], list[int], np.ndarray]]:
+        nonlocal vectors
+        while waiting and len(waiting[0][1]) <= len(vectors):
+            sample, starts = waiting.pop(0)
+            yield sample, starts, vectors[: len(starts)]
+            vectors = vectors[len(starts) :]
+
+    for sample in samples:
+        try:
+            codes = _read_codes(file, sample)
+        except DatasetError as error:
+            rejects.append(
+                Reject(
+                    path=sample["source"],
+                    key=sample["key"],
+                    stage="embed",
+                    reject_class="corrupt",
+                    reason=str(error),
+                )
+            )
+            continue
+        starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride or embed.window[0]))
+        waiting.append((sample, starts))
+        for start in starts:
+            windows.append(_cut(codes, start, embed))
+            if len(windows) == settings.batch_windows:
+                vectors = np.concatenate([vectors, _run(embed, windows, settings.batch_windows)])
+                windows = []
+        yield from known()
+    if windows:
+        vectors = np.concatenate([vectors, _run(embed, windows, settings.batch_windows)])
+    yield from known()
+
+
+def _run(embed: Embed, windows: list[np.ndarray], batch_windows: int) -> np.ndarray:
+    found = embed(np.stack(windows + windows[-1:] * (batch_windows - len(windows))))
+    if found.shape != (batch_windows, embed.width) or found.dtype != np.float32:
+        raise DatasetError(
+            f"the model gave {found.dtype} {found.shape} for {batch_windows} windows; float32 "
+            f"{(batch_windows, embed.width)} was expected"
+        )
+    return found[: len(windows)]
+
+
+def _read_codes(file: IO[bytes], sample: dict[str, Any]) -> np.ndarray:
+    data = os.pread(file.fileno(), sample["size"], sample["offset"])
+    if hashlib.sha256(data).hexdigest() != sample["sha256"]:
+        raise DatasetError("the bytes of the tokens are not the ones that were committed")
+    return np.frombuffer(data, "<u2").reshape(sample["num_frames"], sample["height"], sample["width"])
+
+
+def _cut(codes: np.ndarray, start: int, embed: Embed) -> np.ndarray:
+    window = np.full(embed.window, embed.pad, np.uint16)
+    frames = codes[start : start + len(window)]
+    window[: len(frames)] = frames
+    return window
+
+
+def _row(sample: dict[str, Any], key: str, first_frame: int, num_frames: int, num_windows: int) -> dict[str, Any]:
+    """What a row says of frames `[first_frame, first_frame + num_frames)` of a sample."""
+    start_s = sample["start_s"] + first_frame / sample["fps"]
+    is_whole = first_frame == 0 and num_frames == sample["num_frames"]
+    return {
+        "key": key,
+        "sample_key": sample["key"],
+        **{name: sample[name] for name in (*_CARRIED, *(f"score_{score}" for score in SCORES))},
+        "start_s": start_s,
+        "end_s": sample["end_s"] if is_whole else min(sample["end_s"], start_s + num_frames / sample["fps"]),
+        "first_frame": first_frame,
+        "num_frames": num_frames,
+        "num_windows": num_windows,
+    }
+
+
+def _commit(
+    out: Store,
+    dataset_fingerprint: str,
+    shard: int,
+    width: int,
+    rows: list[dict[str, Any]],
+    values: list[np.ndarray],
+    rejects: list[Reject],
+    planned: int,
+    parent_content: str,
+) -> ShardInfo:
+    ledger = Ledger(planned=planned, committed=len(rows))
+    ledger.add_rejects(rejects)
+    ledger.check()
+    for row, vector in zip(rows, values, strict=True):
+        row["sha256"] = hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+    info = ShardInfo(
+        fingerprint=dataset_fingerprint,
+        tar_bytes=0,
+        content=digest_rows(rows),
+        parent_content=parent_content,
+        ledger=ledger,
+        totals={
+            "videos": len({row["video_id"] for row in rows}),
+            "seconds": round(sum(row["end_s"] - row["start_s"] for row in rows), 3),
+            "frames": sum(row["num_frames"] for row in rows),
+            "payload_bytes": 4 * width * len(rows),
+        },
+    )
+    flat = pa.array(np.concatenate(values) if values else np.empty(0, np.float32))
+    table = pa.Table.from_pylist(rows, schema=index_schema("embeddings", info))
+    table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, width))
+    # A shard that is made again stops counting before its rejects change.
+    out.remove(index_name(shard))
+    write_rejects(out, rejects_name(shard), rejects)
+    out.write(index_name(shard), to_parquet(table))
+    return info
