@@ -50,6 +50,7 @@ _JOBS = {
     "pretrain": _Job(module="jobs.pretrain", config="PretrainConfig", summary="tokens -> pre-trained model, by recipe"),
     "finetune": _Job(
         module="jobs.finetune", config="FinetuneConfig", summary="labelled tokens -> action classifier, by recipe"
+    ),
     "embed": _Job(
         module="jobs.embed", config="EmbedConfig", summary="tokens + model -> embeddings, a row a clip or a window"
     ),
