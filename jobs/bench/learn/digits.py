@@ -62,12 +62,16 @@ def make_tasks(counts: Counts, size_px: int, seed: int) -> list[Task]:
     return tasks
 
 
-def _direction(rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray, _: np.ndarray, size_px: int) -> np.ndarray:
+def _direction(
+    rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray, _: np.ndarray, size_px: int
+) -> np.ndarray:
     places = _paths(rng, len(labels), size_px, directions=labels)
     return _draw([sprites[rng.integers(len(sprites), size=len(labels))]], [places], size_px)
 
 
-def _collision(rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray, _: np.ndarray, size_px: int) -> np.ndarray:
+def _collision(
+    rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray, _: np.ndarray, size_px: int
+) -> np.ndarray:
     side = sprites.shape[-1]
     paths = np.empty((2, len(labels), NUM_FRAMES, 2))
     todo = np.arange(len(labels))
@@ -82,7 +86,9 @@ def _collision(rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray
     return _draw([sprites[chosen[0]], sprites[chosen[1]]], list(paths), size_px)
 
 
-def _first(rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray, digits: np.ndarray, size_px: int) -> np.ndarray:
+def _first(
+    rng: np.random.Generator, labels: np.ndarray, sprites: np.ndarray, digits: np.ndarray, size_px: int
+) -> np.ndarray:
     count = len(labels)
     seconds = (labels + rng.integers(1, 10, size=count)) % 10
     shown = [sprites[_choose(rng, digits, wanted)] for wanted in (labels, seconds)]

@@ -24,7 +24,7 @@ SOURCES: Mapping[Split, tuple[str, ...]] = {
 }
 """Beginnings of the names of the demo's clips. What was filmed in one place stands in one split."""
 MOVES = ("left", "right", "up", "down", "in", "out")
-_LEAST_CHANGE = 1.0
+_LEAST_CHANGE = 0.3
 """Mean difference of neighbouring frames, in grey levels: in a window that stands still, nothing can be seen of time."""
 
 _Window = tuple[np.ndarray, str]

@@ -5,9 +5,9 @@ Shapes: n clips; t h w token grid; d width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from models.vimpac import VimpacBackbone
 from pipeline.labelled import LabelledClips, LabelledConfig
 from pipeline.schema import Split
 
-_SEGMENTS = 4
+_QUARTERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,23 +67,26 @@ def draw_share(task: TaskTokens, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
+class Embedded(NamedTuple):
+    """Of n clips. pooled: (n 6d) float32: CLS, the mean over all tokens, and over each quarter of the frames. frames:
+    (n t d) float32: the mean over the tokens of each frame, which the attentive probe looks at."""
+
+    pooled: np.ndarray
+    frames: np.ndarray
+
+
 @torch.inference_mode()
-def embed(backbone: VimpacBackbone, tokens: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """(n 6d) float32: CLS, the mean over all tokens, and over each quarter of the frames."""
+def embed(backbone: VimpacBackbone, tokens: np.ndarray, batch_size: int = 64) -> Embedded:
+    """Features of clips (n t h w) uint16 that hold no PAD; order in time is kept by quarters, as linear probes cannot see it
+    in a mean over all frames."""
     backbone.eval()
-    parts = []
+    pooled, by_frame = [], []
     for first in range(0, len(tokens), batch_size):
         batch = torch.from_numpy(tokens[first : first + batch_size].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             features = backbone(batch, padded=False)
         frames = features.tokens.float().mean(dim=(2, 3))  # n t d
-        quarters = frames.unflatten(1, (_SEGMENTS, -1)).mean(dim=2)
-        parts.append(torch.cat([features.cls.float(), frames.mean(dim=1), quarters.flatten(1)], dim=1).numpy())
-    return np.concatenate(parts)
-
-
-def histogram(tokens: np.ndarray, codebook_size: int) -> np.ndarray:
-    """(n codes) float32: how often each code stands in a clip; what is known without a network."""
-    flat = tokens.reshape(len(tokens), -1).astype(np.int64) + np.arange(len(tokens))[:, None] * codebook_size
-    counts = np.bincount(flat.ravel(), minlength=len(tokens) * codebook_size)
-    return counts.reshape(len(tokens), codebook_size).astype(np.float32)
+        quarters = [part.mean(dim=1) for part in frames.tensor_split(_QUARTERS, dim=1)]
+        pooled.append(torch.cat([features.cls.float(), frames.mean(dim=1), *quarters], dim=1).numpy())
+        by_frame.append(frames.numpy())
+    return Embedded(np.concatenate(pooled), np.concatenate(by_frame))

@@ -195,7 +195,9 @@ def _write_manifest(path: Path, task: Task) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("video", "label", "split"))
-        writer.writerows((_source(task, n), task.classes[task.labels[n]], task.splits[n]) for n in range(len(task.labels)))
+        writer.writerows(
+            (_source(task, n), task.classes[task.labels[n]], task.splits[n]) for n in range(len(task.labels))
+        )
 
 
 def _source(task: Task, number: int) -> str:
@@ -231,7 +233,18 @@ def _write_pixels(config: LearnPrepareConfig, tasks: list[Task]) -> None:
 
 def _encode(path: Path, clips: np.ndarray) -> None:
     """Clips (n t H W 3), one after the other, as one lossless video."""
-    command = ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{clips.shape[3]}x{clips.shape[2]}"]
+    command = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-y",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{clips.shape[3]}x{clips.shape[2]}",
+    ]
     command += ["-r", f"{FPS:g}", "-i", "-", "-c:v", "ffv1", "-pix_fmt", "bgr0", "-fflags", "+bitexact", str(path)]
     done = subprocess.run(command, input=np.ascontiguousarray(clips).tobytes(), capture_output=True)
     if done.returncode:
