@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jobs.bench.learn.tasks import Task
 from jobs.frozen import Features, linear_probe, majority
@@ -35,7 +36,8 @@ def measure_baselines(task: Task) -> dict[str, Any]:
 
     def probed(values: np.ndarray) -> tuple[float, float]:
         parts = features(values)
-        result = linear_probe(parts["train"], parts["val"], parts["test"])
+        with threadpool_limits(1):  # of small matrices; more threads wait for each other
+            result = linear_probe(parts["train"], parts["val"], parts["test"])
         return result.val_accuracy, result.accuracy
 
     parts = features(statistics)

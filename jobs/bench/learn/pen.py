@@ -48,7 +48,7 @@ def read_trajectories(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ConfigError: not such a file.
     """
     try:
-        rows = np.loadtxt(path, delimiter=",", comments="@", dtype=np.int64)
+        rows = np.loadtxt(path, delimiter=",", comments="@", dtype=np.int64, ndmin=2)
         if rows.shape[1] != 2 * NUM_POINTS + 1 or rows.min() < 0 or rows.max() > 100:
             raise ValueError(f"rows of {rows.shape[1]} numbers in [{rows.min()}, {rows.max()}]")
     except (OSError, ValueError) as error:

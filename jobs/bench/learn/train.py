@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from threadpoolctl import threadpool_limits
 
 from jobs.attentive import attentive_probe
 from jobs.bench.learn.arms import Arm
@@ -162,7 +163,9 @@ def _probe(task: TaskTokens, backbone: VimpacBackbone, run: ArmRun) -> list[dict
                 task.features(source, "val"),
                 task.features(source, "test"),
             ]
-            rows.append(_row(task, name, share, probe(*parts, seed=run.seed)))
+            with threadpool_limits(1):
+                result = probe(*parts, seed=run.seed)
+            rows.append(_row(task, name, share, result))
     return rows
 
 
