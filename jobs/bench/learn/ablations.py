@@ -50,7 +50,7 @@ class LearnAblationsConfig:
     seeds: int = 3
     """Seeds 0 to this, of weights, order, masks and labels."""
     workers: int = 2
-    """Arms at a time, each in a process with one thread."""
+    """Arms at a time, each in a process with one thread; 1: in this one."""
     layers: int = 2
     """Layers of the base arm's network."""
     hidden: int = 128
@@ -174,16 +174,25 @@ def _is_done(run: ArmRun) -> bool:
 def _run_all(todo: Sequence[ArmRun], config: LearnAblationsConfig, parent_id: str) -> None:
     if not todo:
         return
+    finished = map(_run_here, todo) if config.workers == 1 else _run_beside(todo, config.workers)
+    for number, run in enumerate(finished, 1):
+        _track(run, parent_id)
+        log.info(f"bench learn ablations: {run.folder.name} done ({number} of {len(todo)})")
+
+
+def _run_here(run: ArmRun) -> ArmRun:
+    run_arm(run)
+    return run
+
+
+def _run_beside(todo: Sequence[ArmRun], workers: int) -> Iterator[ArmRun]:
     # Fresh processes: one that was forked from a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(config.workers, len(todo)), mp_context=context) as pool:
-        waiting = {pool.submit(run_arm, run): run for run in todo}
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+        waiting = [pool.submit(_run_here, run) for run in todo]
         try:
-            for number, done in enumerate(as_completed(waiting), 1):
-                done.result()
-                run = waiting[done]
-                _track(run, parent_id)
-                log.info(f"bench learn ablations: {run.folder.name} done ({number} of {len(todo)})")
+            for done in as_completed(waiting):
+                yield done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -68,7 +68,15 @@ class ArmRun:
 
 def run_arm(run: ArmRun) -> None:
     """Pre-train, measure, and write `result.json` last: where that is, nothing is left to do."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many arms at a time as there are cores are faster than threads that share them
+    try:
+        _run_arm(run)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _run_arm(run: ArmRun) -> None:
     started_s = time.monotonic()
     backbone = pretrain(run)
     pretrain_s = time.monotonic() - started_s
