@@ -27,6 +27,7 @@ MOVES = ("left", "right", "up", "down", "in", "out")
 _LEAST_CHANGE = 0.3
 """Mean difference of neighbouring frames, in grey levels: in a window that stands still, nothing can be seen of time."""
 
+_Box = tuple[float, float, float, float]
 _Window = tuple[np.ndarray, str]
 """Frames (t S S 3) of one source, and its name."""
 
@@ -175,7 +176,7 @@ def _look(rng: np.random.Generator, window: np.ndarray, size_px: int) -> np.ndar
     return _cut(window, [(*corner, *(corner + side))] * len(window), size_px)
 
 
-def _cut(frames: Sequence[np.ndarray] | np.ndarray, boxes: Sequence[tuple[float, ...]], size_px: int) -> np.ndarray:
+def _cut(frames: Sequence[np.ndarray] | np.ndarray, boxes: Sequence[_Box], size_px: int) -> np.ndarray:
     """(t H W 3): of each frame its box (left, top, right, bottom), scaled to `size_px`."""
     scaled = [
         Image.fromarray(frame).resize((size_px, size_px), Image.Resampling.BILINEAR, box=box)

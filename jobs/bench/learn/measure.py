@@ -5,6 +5,7 @@ Shapes: n clips; t h w token grid; d width.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 
 from jobs.frozen import Features
 from models.vimpac import VimpacBackbone
+from pipeline.dataset import read_index
 from pipeline.labelled import LabelledClips, LabelledConfig
 from pipeline.schema import Split
 
@@ -22,7 +24,7 @@ _QUARTERS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskTokens:
-    """The tokens of a task: (n t h w) uint16, labels (n,), splits (n,), groups (n,)."""
+    """The tokens of a task: (n t h w) uint16, labels (n,), splits (n,), groups (n,): which source a clip shows."""
 
     name: str
     classes: tuple[str, ...]
@@ -46,6 +48,11 @@ def read_task(tokens: Path, manifest: Path, window: tuple[int, int, int], pad: i
     clips = LabelledClips(tokens, LabelledConfig(splits=manifest), window, pad)
     kept = np.flatnonzero([split is not None for split in clips.splits])
     classes = clips.classes()
+    index = read_index(tokens, ["source", "extra"])
+    shows = {
+        source: json.loads(extra)["shows"]
+        for source, extra in zip(index["source"].to_pylist(), index["extra"].to_pylist(), strict=True)
+    }
     place, rows, starts = clips.spread(kept, LabelledConfig().views, 1)
     return TaskTokens(
         name=manifest.stem,
@@ -53,7 +60,7 @@ def read_task(tokens: Path, manifest: Path, window: tuple[int, int, int], pad: i
         tokens=clips.read(rows, starts),
         labels=clips.class_numbers(kept[place], classes),
         splits=clips.splits[kept[place]],
-        groups=clips.video_ids[kept[place]],
+        groups=np.array([shows[source] for source in clips.sources[kept[place]]]),
     )
 
 

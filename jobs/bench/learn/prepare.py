@@ -256,7 +256,7 @@ def _train_tokenizer(config: LearnPrepareConfig, steps: int) -> None:
         train_tokenizer.TrainTokenizerConfig(
             clips=config.out / "pixel_clips",
             out=config.out / "tokenizers" / f"s{steps}",
-            tokenizer=VqvaeConfig(channels=64, codebook_size=config.codebook_size, patch=config.patch),  # type: ignore[arg-type]
+            tokenizer=VqvaeConfig(channels=64, codebook_size=config.codebook_size, patch=config.patch),
             optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
             loader=FrameLoaderConfig(
                 frames=FrameConfig(fps=FPS, size_px=config.size_px), batch_size=256, frames_per_clip=32
@@ -319,12 +319,14 @@ def _encode_clips(
         frames = np.concatenate([task.rgb[number] for task, number in part])
         for (task, number), codes in zip(part, np.split(encode(frames), len(part)), strict=True):
             source = _source(task, number)
-            key = hashlib.sha256(source.encode()).hexdigest()[:32]
+            # Each clip counts as a video of its own; what it shows stands in `extra`.
+            video_id = hashlib.sha256(source.encode()).hexdigest()[:16]
+            key = f"{video_id}-{0:09d}"
             row = {
                 "key": key,
                 "clip_key": key,
                 "view": "",
-                "video_id": hashlib.sha256(task.groups[number].encode()).hexdigest()[:32],
+                "video_id": video_id,
                 "source": source,
                 "start_s": 0.0,
                 "end_s": NUM_FRAMES / FPS,
@@ -337,7 +339,7 @@ def _encode_clips(
                 "height": codes.shape[1],
                 "width": codes.shape[2],
                 "fps": FPS,
-                "clip_sha256": hashlib.sha256(np.ascontiguousarray(task.frames[number])).hexdigest(),
+                "clip_sha256": hashlib.sha256(task.frames[number].tobytes()).hexdigest(),
             }
             yield row, codes
 

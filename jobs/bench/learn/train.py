@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,11 @@ from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.order import hash_keys
 
 RESULT_NAME = "result.json"
+_PROBES: Mapping[str, Callable[..., ProbeResult]] = {
+    "linear": linear_probe,
+    "knn": knn_probe,
+    "attentive": attentive_probe,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,8 @@ class Budget:
     """Peak learning rate of pre-training."""
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Shares of the training labels that probes and fine-tuning get."""
+    probes: tuple[Literal["linear", "knn", "attentive"], ...] = ("linear", "knn")
+    """Probes on frozen features; the attentive one takes some seconds a task and share."""
     finetune_tasks: tuple[str, ...] = ("pen-digit", "digit-direction", "digit-first", "film-camera")
     """Tasks to fine-tune on; frozen features are measured on all."""
     finetune_steps: int = 100
@@ -161,18 +168,15 @@ def _probe(task: TaskTokens, backbone: VimpacBackbone, run: ArmRun) -> list[dict
     rows = []
     for share in run.budget.shares:
         chosen = draw_share(task, share, run.seed)
-        for name, probe, source in (
-            ("linear", linear_probe, embedded.pooled),
-            ("knn", knn_probe, embedded.pooled),
-            ("attentive", attentive_probe, embedded.frames),
-        ):
+        for name in run.budget.probes:
+            source = embedded.frames if name == "attentive" else embedded.pooled
             parts = [
                 task.features(source, "train", chosen),
                 task.features(source, "val"),
                 task.features(source, "test"),
             ]
             with threadpool_limits(1):
-                result = probe(*parts, seed=run.seed)
+                result = _PROBES[name](*parts, seed=run.seed)
             rows.append(_row(task, name, share, result))
     return rows
 
@@ -231,7 +235,7 @@ def _finetune(task: TaskTokens, backbone: VimpacBackbone, run: ArmRun) -> list[d
         hits = {
             split: _classify(classifier, task.tokens[task.of(split)]) == task.labels[task.of(split)]
             for split in ("val", "test")
-        }  # type: ignore[arg-type]
+        }
         result = make_result(
             "finetune",
             hits["test"],
