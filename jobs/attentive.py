@@ -16,8 +16,8 @@ from jobs.frozen import Features, ProbeResult, choose
 
 WEIGHT_DECAYS = (1.0, 0.1, 0.01)
 """Of AdamW; the probe tries each."""
-_STEPS = 500
-_STEPS_BETWEEN_LOOKS = 100
+_STEPS = 300
+_STEPS_BETWEEN_LOOKS = 60
 _LEARNING_RATE = 1e-2
 _BATCH_ROWS = 256
 

@@ -7,6 +7,7 @@ For scripts: logs and progress go to stderr; the last line of stdout is one JSON
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import logging
@@ -19,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from jobs.cluster import prepare_environment
 from jobs.result import JobResult
 from pipeline.errors import ConfigError, TokenreelError
 
@@ -36,6 +38,9 @@ class _Job:
 _JOBS = {
     "doctor": _Job(module="jobs.doctor", config="DoctorConfig", summary="check this machine, and say what to do"),
     "demo": _Job(module="jobs.demo", config="DemoConfig", summary="run every stage on real videos, here"),
+    "manifest": _Job(
+        module="jobs.manifest", config="ManifestConfig", summary="UCF101, HMDB51, SSV2, Diving48, Kinetics -> manifest"
+    ),
     "shard": _Job(module="jobs.shard", config="ShardConfig", summary="videos -> clip dataset"),
     "train-tokenizer": _Job(
         module="jobs.train_tokenizer", config="TrainTokenizerConfig", summary="clips -> VQ-VAE tokenizer"
@@ -109,8 +114,13 @@ _JOBS = {
         config="LearnAblationsConfig",
         summary="the paper's ablations on it: a table and a plot",
     ),
+    "submit": _Job(
+        module="jobs.submit", config="SubmitConfig", summary="run a job on a cluster: submit JOB --address URL"
+    ),
+    "status": _Job(module="jobs.status", config="StatusConfig", summary="how every job of a project's folder stands"),
     "ui": _Job(module="jobs.ui", config="UiConfig", summary="open MLflow on this folder's runs"),
 }
+_ONLY_HERE = ("demo", "submit", "status", "ui")
 
 _RECIPES = {
     "PretrainConfig": ("jobs.recipes", "--tokens TOKENS --out RUN"),
@@ -131,6 +141,7 @@ def run(argv: list[str]) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    prepare_environment()
     name, rest = _take_name(argv)
     if name in ("-h", "--help"):
         print(_usage())
@@ -170,15 +181,32 @@ def _take_name(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:
-    job = _JOBS[name]
-    module = importlib.import_module(job.module)
-    config = _parse(f"tokenreel {name}", getattr(module, job.config), argv)
-    result: JobResult = module.run(config)
+    result: JobResult = importlib.import_module(_JOBS[name].module).run(parse_options(name, argv))
     return result
+
+
+def parse_job(words: list[str]) -> tuple[str, Any]:
+    """The job that `words` name, for a job server, and its config.
+
+    Raises:
+        ConfigError: no job that a cluster runs, or wrong options.
+    """
+    name = words[0] if words else ""
+    allowed = [job for job in _JOBS if job not in _ONLY_HERE and " " not in job]
+    if name not in allowed:
+        raise ConfigError(f"tokenreel submit: the job comes first; allowed: {', '.join(allowed)}")
+    return name, parse_options(name, words[1:])
+
+
+def parse_options(name: str, argv: list[str]) -> Any:
+    job = _JOBS[name]
+    return _parse(f"tokenreel {name}", getattr(importlib.import_module(job.module), job.config), argv)
 
 
 def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
     default = None
+    if kind.__name__ == "SubmitConfig":
+        return _parse_submit(program, kind, argv)
     if kind.__name__ in _RECIPES:
         module, words = _RECIPES[kind.__name__]
         recipes = importlib.import_module(module)
@@ -196,7 +224,18 @@ def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
         from jobs.config import load_config
 
         default = load_config(Path(saved), kind)
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    return _tyro(program, kind, argv, {} if default is None else {"default": default})
+
+
+def _parse_submit(program: str, kind: type[Any], argv: list[str]) -> Any:
+    """Submit's own options, wherever they stand behind the job's name; all others are the job's."""
+    if argv[:1] in (["-h"], ["--help"]):
+        _tyro(f"{program} JOB [options of JOB]", kind, ["--help"], {})
+    submit, rest = _tyro(program, kind, argv[1:], {"return_unknown_args": True})
+    return dataclasses.replace(submit, words=(*argv[:1], *rest))
+
+
+def _tyro(program: str, kind: type[Any], argv: list[str], options: dict[str, Any]) -> Any:
     explained = io.StringIO()
     try:
         with contextlib.redirect_stderr(explained):

@@ -11,11 +11,26 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What ran on a node that the network lost is done again once its connection is found dead: within a minute and a half,
+    # where Ray takes seven. Ray's servers refuse who asks more often than once a minute, unless they are told the same.
+    "RAY_grpc_client_keepalive_time_ms": "65000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+}
+
+
+def prepare_environment() -> None:
+    """What Ray shall find set, where nobody has set it otherwise; before Ray is imported, as it reads some of it then."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextlib.contextmanager
 def connect() -> Iterator[None]:
     """A Ray connection for the body. One that exists is used and left alone, so jobs can share a cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    prepare_environment()
     import ray
 
     if ray.is_initialized():

@@ -20,6 +20,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jobs.scatter import CSS as SCATTER_CSS
+from jobs.scatter import Scatter, render_scatter
+
 Role = Literal["original", "reconstruction", "masked", "predicted"]
 
 _LEGEND: dict[str, str] = {
@@ -73,6 +76,9 @@ class Section:
     rows: Sequence[Row] = ()
     histogram: Histogram | None = None
     table: Table | None = None
+    picture: np.ndarray | None = None
+    """uint8 (h w 3)."""
+    scatter: Scatter | None = None
 
 
 def write_contact_sheet(
@@ -102,7 +108,7 @@ def write_contact_sheet(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>{_escape(title)}</title><style>{_CSS}</style></head><body>"
+        f"<title>{_escape(title)}</title><style>{_CSS}{SCATTER_CSS}</style></head><body>"
         f"<header><h1>{_escape(title)}</h1><dl>{terms}</dl><ul>{legend}</ul></header>"
         f"<main>{body}</main></body></html>\n"
     )
@@ -176,6 +182,8 @@ def _render_section(section: Section, max_frames: int) -> str:
     parts = [
         _render_histogram(section.histogram) if section.histogram else "",
         _render_table(section.table) if section.table else "",
+        _render_picture(section) if section.picture is not None else "",
+        render_scatter(section.scatter) if section.scatter else "",
         *(_render_row(row, max_frames) for row in section.rows),
     ]
     return f"<section><h2>{_escape(section.heading)}</h2><p>{_escape(section.note)}</p>{''.join(parts)}</section>"
@@ -201,6 +209,15 @@ def _render_table(table: Table) -> str:
     head = "".join(f"<th>{_escape(name)}</th>" for name in table.columns)
     body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _render_picture(section: Section) -> str:
+    assert section.picture is not None
+    image = Image.fromarray(section.picture)
+    return (
+        f'<img class="picture" src="{_encode(image)}" width="{image.width}" height="{image.height}" '
+        f'alt="{_escape(section.heading)}">'
+    )
 
 
 def _render_row(row: Row, max_frames: int) -> str:
@@ -296,6 +313,7 @@ transparent 0 calc(100%/var(--n) - 2px),var(--card) calc(100%/var(--n) - 2px) ca
 .histogram{max-width:760px}.histogram svg{display:block;width:100%;height:120px;fill:var(--reconstruction);
 border-bottom:1px solid var(--line)}
 .histogram div{display:flex;justify-content:space-between;font-size:12px;color:var(--dim);font-variant-numeric:tabular-nums}
+.picture{max-width:100%;height:auto}
 table{border-collapse:collapse;font-size:13.5px;width:100%}
 th{text-align:left;color:var(--dim);font-weight:500}
 th,td:not(:last-child){white-space:nowrap}

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.config import CONFIG_NAME, to_plain, to_text
 from jobs.folder import work_folder
+from jobs.gauges import JobMetrics
 from jobs.journal import Journal
 from jobs.progress import Progress
 from jobs.result import JobResult, Status, result_of_books
@@ -124,6 +125,7 @@ class DataJob:
         total, started_s = self.meta.num_shards, time.monotonic()
         videos, frames, read_bytes = 0, 0, 0
         warned = set[str]()
+        metrics = JobMetrics(self._job, self.out.name)
         with (
             Progress(self._job, "shards", total, total - len(self.todo)) as bar,
             Journal(work_folder(self.out)) as journal,
@@ -157,6 +159,7 @@ class DataJob:
                 }
                 figures = {**rates, **counts}
                 journal.log(journal.last_step + 1, {name: float(value) for name, value in figures.items()})
+                metrics.set({**figures, "shards_done": bar.done, "shards_planned": total})
                 if bar.done < total and self._policy.condemns(self._books):
                     self._is_stopped = True
                     raise _TooManyRejects

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset import Place, read_index, read_meta
+from pipeline.embedding import vectors_of
 from pipeline.storage import Store
 
 
@@ -22,10 +23,7 @@ def load_embeddings(place: Place, columns: Sequence[str] | None = None) -> tuple
     """
     store = Store.at(place)
     meta = read_meta(store, kind="embeddings", complete=True)
-    width = meta.extra["model"]["width"]
     table = read_index(store, None if columns is None else [*columns, "embedding"])
-    if "embedding" not in table.column_names:  # no shard at all
-        return np.empty((0, width), np.float32), table
-    column = table["embedding"].combine_chunks()
-    flat = column.flatten() if isinstance(column, pa.Array) else pa.concat_arrays(c.flatten() for c in column.chunks)
-    return flat.to_numpy().reshape(len(table), width), table.drop_columns(["embedding"])
+    if not len(table):
+        return np.empty((0, meta.extra["model"]["width"]), np.float32), table
+    return vectors_of(table), table.drop_columns(["embedding"])

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +15,21 @@ import torch
 import tyro
 
 from jobs.checkpoint import list_checkpoints
+from jobs.classification import ClassifyConfig, evaluate_runs, is_finetuned
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.folder import lock_folder
+from jobs.label_probes import describe_labels, measure_labels
 from jobs.loop import seed_everything
 from jobs.pretrain import PretrainConfig, draw_predictions, load_objective
 from jobs.probes import make_tasks, probe, read_views
 from jobs.result import JobResult
 from jobs.token_origin import original_frames
 from jobs.tracking import DatasetInput, Tracker
+from jobs.window_embedder import WindowEmbedder
 from models.vimpac import VimpacBackbone, VimpacObjective
 from pipeline.dataset import DatasetMeta, find_parent, read_index, read_meta
+from pipeline.embedding import EmbedSettings
 from pipeline.errors import ConfigError
 from pipeline.loader import WindowReader
 from pipeline.order import draw_seeds
@@ -38,24 +42,40 @@ _SHEET_CLIPS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Measure a pre-trained model: masked-token accuracy against the unigram baseline, frozen-feature probes against
-    the same network untrained, and a contact sheet to look at."""
+    """Measure a trained model, and write a page to look at.
+
+    Pre-trained: masked-token accuracy against the unigram baseline, and frozen-feature probes against the same network untrained,
+    probes and searches by the labels of the tokens, if any.
+    Fine-tuned: accuracy on the test split over several windows and crops, with intervals, by class, and its calibration.
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a run, made by `tokenreel pretrain`."""
+    """Folder of a run, made by `tokenreel pretrain` or `tokenreel finetune`."""
+    more_runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
+    """Further fine-tuned runs, such as of the other official splits: each is tested, and the mean reported."""
     tokens: str | None = None
     """Token dataset to measure on; by default the one that the run was trained on."""
     max_windows: int = 256
-    """Windows, at most, that each figure is measured on."""
+    """Windows, at most, that each figure of a pre-trained model is measured on."""
+    max_clips: int = 2048
+    """Labelled clips, at most, that features are probed on where the tokens have labels."""
     batch_size: int = 32
     """Windows that go through the model at a time."""
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
 
     def __post_init__(self) -> None:
-        if min(self.max_windows, self.batch_size) < 1:
-            raise ConfigError(f"max_windows = {self.max_windows} and batch_size = {self.batch_size} must be 1 or more")
+        if min(self.max_windows, self.max_clips, self.batch_size) < 1:
+            raise ConfigError(
+                f"max_windows = {self.max_windows}, max_clips = {self.max_clips} and batch_size = {self.batch_size} must be 1 "
+                "or more"
+            )
 
 
 def run(config: EvaluateConfig) -> JobResult:
+    if is_finetuned(config.run):
+        return evaluate_runs((config.run, *config.more_runs), config.tokens, config.batch_size, config.classify)
+    if config.more_runs or config.classify != ClassifyConfig():
+        raise ConfigError(f"several runs and classify options are for fine-tuned runs; {config.run} is none")
     started_s = time.monotonic()
     trained = load_run(config.run)
     tokens = Store.at(config.tokens or trained.tokens)
@@ -77,12 +97,23 @@ def run(config: EvaluateConfig) -> JobResult:
         if trained.objective.mlm_weight:
             figures |= _measure_prediction(objective, tokens, config)
         figures["probes"] = _measure_probes(objective, untrained, tokens, config)
+        labels = measure_labels(
+            objective.backbone,
+            untrained.backbone,
+            _reader(objective, tokens),
+            max_clips=config.max_clips,
+            batch_size=config.batch_size,
+        )
+        if labels:
+            figures["labels"] = labels
         sheet = out / "contact_sheet.html"
         _write_sheet(sheet, objective, trained, tokens, meta, figures)
         (out / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
         summary = {name: value for name, value in figures.items() if isinstance(value, float)}
         for name, row in figures["probes"].items():
             summary |= {f"probe_{name}_{key}": row[key] for key in ("pretrained", "untrained", "majority")}
+        for name, row in labels.items():
+            summary |= {f"label_{name}_{key}".replace("@", "_at_"): v for key, v in row.items() if isinstance(v, float)}
         tracker.finish("FINISHED", summary, [sheet, out / "results.json"])
         tracker.close()
         done = len(figures["probes"])
@@ -105,7 +136,9 @@ def load_run(run: Path) -> PretrainConfig:
         ConfigError: `run` is no such folder.
     """
     if not (run / CONFIG_NAME).exists() or not list_checkpoints(run):
-        raise ConfigError(f"{run} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain`")
+        raise ConfigError(
+            f"{run} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain` or `tokenreel finetune`"
+        )
     return load_config(run / CONFIG_NAME, PretrainConfig)
 
 
@@ -151,33 +184,20 @@ def _measure_probes(
     objective: VimpacObjective, untrained: VimpacObjective, tokens: Store, config: EvaluateConfig
 ) -> dict[str, dict[str, Any]]:
     views, videos, times_s = read_views(_reader(objective, tokens), config.max_windows)
+    settings = EmbedSettings(batch_windows=config.batch_size)
     features = {
-        name: {view: _embed(module.backbone, windows, config.batch_size) for view, windows in views.items()}
+        name: {view: WindowEmbedder(module.backbone, settings).all(windows) for view, windows in views.items()}
         for name, module in (("pretrained", objective), ("untrained", untrained))
     }
     rows = {}
     for task in make_tasks(videos, times_s):
-        row: dict[str, Any] = {"question": task.question, "split_by": task.split_by, "majority": task.majority}
+        row: dict[str, Any] = {"question": task.question, "split_by": task.split_by}
         for name in features:
-            hits = probe(task, features[name])
-            row[name] = float(hits.mean())
-            row[f"{name}_stderr"] = float(hits.std() / np.sqrt(len(hits)))
-            row["tested"] = len(hits)
+            result, most_frequent = probe(task, features[name])
+            row |= {name: result.accuracy, f"{name}_interval": [result.interval.low, result.interval.high]}
+            row |= {"majority": most_frequent.accuracy, "tested": len(result.hits)}
         rows[task.name] = row
     return rows
-
-
-@torch.inference_mode()
-def _embed(backbone: VimpacBackbone, windows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Features (n 3d) of token windows (n t h w): CLS, the mean over all tokens, and how frames drift from it in time."""
-    parts = []
-    for first in range(0, len(windows), batch_size):
-        features = backbone(torch.from_numpy(windows[first : first + batch_size].astype(np.int64)))
-        frames = features.tokens.mean(dim=(2, 3))  # n t d
-        times = torch.linspace(-1, 1, frames.shape[1])
-        drift = (frames * times[None, :, None]).mean(dim=1)
-        parts.append(torch.cat([features.cls, frames.mean(dim=1), drift], dim=1).numpy())
-    return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
 
 
 def _write_sheet(
@@ -221,6 +241,7 @@ def _write_sheet(
                 )
             )
     sections = [
+        *([describe_labels(figures["labels"])] if "labels" in figures else []),
         Section(
             heading="Tokenizer",
             note="What is left of each frame after it went through the codes.",
@@ -236,7 +257,7 @@ def _write_sheet(
         path,
         title=f"tokenreel: {trained.recipe}",
         facts=_facts(trained, figures),
-        sections=[s for s in sections if s.rows],
+        sections=[s for s in sections if s.rows or s.table],
     )
 
 

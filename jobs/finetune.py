@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 from dataclasses import dataclass, field, replace
@@ -144,7 +145,10 @@ def run(config: FinetuneConfig) -> JobResult:
     log.info("%d training clips of %d classes, %d steps", num_train, len(classes), config.loop.steps)
     loader = config.loader
     if loader.splits is not None:
-        loader = replace(loader, splits=loader.splits.resolve())
+        place = loader.splits.resolve()
+        digest = hashlib.sha256(place.read_bytes()).hexdigest()[:32]
+        inputs.append(DatasetInput(name=place.name, fingerprint=digest, uri=str(place), context="labels and splits"))
+        loader = replace(loader, splits=place)
     return run_training(
         "finetune",
         config.out,

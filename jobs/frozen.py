@@ -153,6 +153,20 @@ def split_groups(
     return train, val, test
 
 
+def hold_out(groups: np.ndarray, share: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of the rest, and of `share` of the groups, at least one and not all. All rows of a group stand together.
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"hold_out: {len(names)} source videos cannot be split in two; allowed: 2 or more")
+    held = np.random.default_rng(seed).permutation(len(names))[: min(max(1, round(share * len(names))), len(names) - 1)]
+    is_held = np.isin(members, held)
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
 def majority(train: Features, test: Features, *, seed: int = 0) -> ProbeResult:
     """Always naming the most frequent class of `train`."""
     hits = test.labels == np.bincount(train.labels).argmax()

@@ -59,11 +59,11 @@ class InspectConfig:
     """Write a page about a dataset that any browser shows without a server.
 
     Of clips: totals, distributions of the scores with example frames. Of tokens: how codes are used, size against its
-    bounds, static share, reconstructions beside the frames. Of both: rejects by class with their reasons.
+    bounds, static share, reconstructions beside the frames. Of embeddings: a map. Of all: rejects by class with their reasons.
     """
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
-    """Clip or token dataset: a path, or s3://, gs://, abfs://."""
+    """Clip, token or embedding dataset: a path, or s3://, gs://, abfs://."""
     page: Path | None = None
     """HTML file to write; by default inspect.html in the dataset's folder."""
     examples: int = 5
@@ -73,7 +73,10 @@ class InspectConfig:
     sample_tokens: int = 10**9
     """Tokens that the statistics of a token dataset are taken from, by whole shards drawn at random; the page says so."""
     sample_clips: int = 32
-    """Clips of a token dataset, drawn at random, that are decoded again and compared with their frames."""
+    """Clips of a token dataset, drawn at random, that are decoded again and compared with their frames; of an embedding
+    dataset, that the map has a frame of."""
+    sample_points: int = 20_000
+    """Rows of an embedding dataset, drawn at random, that are on the map."""
 
     def __post_init__(self) -> None:
         if self.examples < 0 or self.bins < 1:
@@ -82,6 +85,8 @@ class InspectConfig:
             raise ConfigError(
                 f"sample_tokens = {self.sample_tokens} must be 1 or more, sample_clips = {self.sample_clips} 0 or more"
             )
+        if self.sample_points < 1:
+            raise ConfigError(f"sample_points = {self.sample_points}: must be 1 or more")
 
 
 def run(config: InspectConfig) -> JobResult:
@@ -94,12 +99,16 @@ def run(config: InspectConfig) -> JobResult:
 
         index = read_index(store, inspect_tokens.COLUMNS)
         facts, sections, figures = inspect_tokens.describe(store, meta, index, config)
+    elif meta.kind == "embeddings":
+        from jobs import inspect_embeddings
+
+        index, facts, sections, figures = inspect_embeddings.describe(store, meta, config)
     else:
         index = read_index(store, _COLUMNS)
         facts, sections = _facts(meta), list(_distributions(store, index, config))
     facts = [
         ("fingerprint", meta.fingerprint),
-        ("clips", f"{len(index):,}"),
+        ("rows" if meta.kind == "embeddings" else "clips", f"{len(index):,}"),
         ("shards", f"{meta.num_shards:,}"),
         *facts,
     ]
@@ -109,7 +118,7 @@ def run(config: InspectConfig) -> JobResult:
     page = config.page or work_folder(store) / "inspect.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_contact_sheet(page, title=f"{store.name}: {meta.kind}", facts=facts, sections=sections)
-    log.info(f"inspect: {len(index)} clips; open {page.absolute()} in a browser")
+    log.info(f"inspect: {len(index)} rows; open {page.absolute()} in a browser")
     return JobResult(
         job="inspect",
         out=store.url,

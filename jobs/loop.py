@@ -116,6 +116,7 @@ class Context:
     should_stop: asked by every rank about every step whose metrics are fetched. Once it is true on one of them, all save a
         checkpoint after the last of these steps, and stop.
     saved: called on rank 0, in the background, with the folder of each checkpoint that is whole.
+    measured: called on rank 0 with the metrics of each step, its number among them as "step".
     """
 
     run: Path
@@ -124,6 +125,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     should_stop: Callable[[], bool] = lambda: False
     saved: Callable[[Path], None] = lambda checkpoint: None
+    measured: Callable[[Mapping[str, float]], None] = lambda metrics: None
 
 
 class Batches(Protocol):
@@ -189,8 +191,9 @@ def train(
             saver = stack.enter_context(CheckpointSaver(context.run, config.keep_checkpoints, context.saved))
         ahead = stack.enter_context(contextlib.closing(_prefetch(objective, batches, cursor.step, config, context)))
         for parts, keys, wait_s in ahead:
+            begun = time.perf_counter() - wait_s
             measured = step(parts, cursor.step + len(pending))
-            pending.append(_Pending(keys=keys, measured=measured, wait_s=wait_s, begun=time.perf_counter() - wait_s))
+            pending.append(_Pending(keys=keys, measured=measured, wait_s=wait_s, begun=begun))
             if not _is_due(cursor.step + len(pending), config, context):
                 continue
             is_stopping = False
@@ -201,6 +204,7 @@ def train(
                 cursor = Cursor(step=cursor.step + 1, keys_digest=digest, recent_loss=sum(losses) / len(losses))
                 if journal is not None:
                     journal.log(cursor.step, metrics | pause)
+                    context.measured({**metrics, "step": cursor.step})
                 pause = {}
             if context.rank == 0 and config.parallel == "ddp":
                 _draw(objective, cursor.step, config, draw)
@@ -222,7 +226,8 @@ def train(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pending:
-    """A step that was taken, whose numbers were not fetched yet. `begun` is on the clock of `time.perf_counter`."""
+    """A step that was taken, whose numbers were not fetched yet. `begun`: when the wait for its batch began, on the clock of
+    `time.perf_counter`."""
 
     keys: list[str]
     measured: Measured

@@ -1,4 +1,5 @@
-"""The folder of a trained model, pre-trained or a classifier, which our own loader and MLflow's both read, and in which nothing is a pickle of ours.
+"""The folder of a model, pre-trained or a classifier, that our own loader and MLflow's both read; nothing in it is a pickle of
+ours.
 
 model/
   model.safetensors, config.json    weights of backbone and heads, and what to build them into: `load_model`,
@@ -67,6 +68,18 @@ def load_model(folder: Path) -> VimpacObjective:
     return objective.eval()
 
 
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The labels of a classifier, by class number.
+
+    Raises:
+        ConfigError: `folder` holds no classifier.
+    """
+    try:
+        return tuple(json.loads((folder / _DESCRIPTION).read_text())["classes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} holds no classifier; give the model/ of `tokenreel finetune`: {error}") from error
+
+
 def load_classifier(folder: Path) -> VimpacClassifier:
     """The classifier that `write_model` wrote, in eval mode.
 
@@ -74,11 +87,9 @@ def load_classifier(folder: Path) -> VimpacClassifier:
         ConfigError: `folder` holds no such model.
         RuntimeError: weights that do not fit the description.
     """
-    try:
-        description = json.loads((folder / _DESCRIPTION).read_text())
-        classifier = VimpacClassifier(VimpacBackbone(VimpacConfig(**description["backbone"])), description["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder} holds no classifier; give the model/ of `tokenreel finetune`: {error}") from error
+    classes = read_classes(folder)
+    backbone = json.loads((folder / _DESCRIPTION).read_text())["backbone"]
+    classifier = VimpacClassifier(VimpacBackbone(VimpacConfig(**backbone)), classes)
     classifier.load_state_dict(load_file(folder / _WEIGHTS))
     return classifier.eval()
 

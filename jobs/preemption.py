@@ -26,7 +26,7 @@ class PreemptibleTorchConfig(TorchConfig):
         return _Backend
 
 
-class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # a property that mypy takes for a value
     def on_training_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         super().on_training_start(worker_group, backend_config)
         # The main thread alone may set handlers, and Ray Train runs the training function in another.

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
+from jobs.frozen import Features, ProbeResult, hold_out, linear_probe, majority, pool
 from pipeline.loader import WindowReader
 
 _NUM_FOLDS = 5
+_VAL_SHARE = 0.25
+Fold = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeTask:
     """A question about views of the same windows: row r of view v has the label `labels[v][r]`.
 
-    Each fold is (train, test): rows of every view. All views of a row stand on one side.
+    videos: (n,) source video of each row. Each fold is (train, val, test): rows of every view. All views of a row stand on
+    one side.
     """
 
     name: str
@@ -30,16 +29,19 @@ class ProbeTask:
     split_by: str
     views: tuple[str, ...]
     labels: np.ndarray
-    folds: list[tuple[np.ndarray, np.ndarray]]
+    videos: np.ndarray
+    folds: list[Fold]
 
-    @property
-    def majority(self) -> float:
-        """Accuracy of always naming the most frequent label of the training folds."""
-        hits = []
-        for train, test in self.folds:
-            top = np.bincount(self.labels[:, train].ravel()).argmax()
-            hits.append((self.labels[:, test] == top).ravel())
-        return float(np.concatenate(hits).mean())
+    def split(self, fold: Fold, features: dict[str, np.ndarray]) -> list[Features]:
+        """Train, val and test of one fold, of features (n d) of each view."""
+        return [
+            Features(
+                values=np.concatenate([features[view][rows] for view in self.views]),
+                labels=self.labels[:, rows].ravel(),
+                groups=np.tile(self.videos[rows], len(self.views)),
+            )
+            for rows in fold
+        ]
 
 
 def read_views(reader: WindowReader, max_windows: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -59,7 +61,7 @@ def read_views(reader: WindowReader, max_windows: int) -> tuple[dict[str, np.nda
 def make_tasks(videos: np.ndarray, times_s: np.ndarray) -> Iterator[ProbeTask]:
     """The three tasks, as far as the data allows them: forward or backward; normal or double speed; which source video.
 
-    The first two hold out source videos. The label of the third is the video itself, so it is split by time.
+    The first two hold out source videos, of which there must be three. The label of the third is the video itself, so it is split by time.
     """
     num_rows = len(videos)
     folds = _by_video(videos)
@@ -75,6 +77,7 @@ def make_tasks(videos: np.ndarray, times_s: np.ndarray) -> Iterator[ProbeTask]:
                 split_by="source video",
                 views=("normal", view),
                 labels=labels,
+                videos=videos,
                 folds=folds,
             )
     folds = _by_time(videos, times_s)
@@ -82,23 +85,23 @@ def make_tasks(videos: np.ndarray, times_s: np.ndarray) -> Iterator[ProbeTask]:
         question = f"which of {len(np.unique(videos[folds[0][0]]))} source videos is the clip from?"
         split_by = "time: the first two thirds of each video against the rest"
         yield ProbeTask(
-            name="source", question=question, split_by=split_by, views=("normal",), labels=videos[None], folds=folds
+            name="source",
+            question=question,
+            split_by=split_by,
+            views=("normal",),
+            labels=videos[None],
+            videos=videos,
+            folds=folds,
         )
 
 
-def probe(task: ProbeTask, features: dict[str, np.ndarray]) -> np.ndarray:
-    """Cross-validated hits (bool, one a tested window) of a linear classifier on frozen features (n d) of each view."""
-    hits = []
-    for train, test in task.folds:
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # an unconverged probe is still a probe
-            classifier.fit(
-                np.concatenate([features[view][train] for view in task.views]), task.labels[:, train].ravel()
-            )
-        predicted = classifier.predict(np.concatenate([features[view][test] for view in task.views]))
-        hits.append(predicted == task.labels[:, test].ravel())
-    return np.concatenate(hits)
+def probe(task: ProbeTask, features: dict[str, np.ndarray]) -> tuple[ProbeResult, ProbeResult]:
+    """The linear probe on frozen features (n d) of each view, and naming the most frequent label; both over all folds."""
+    splits = [task.split(fold, features) for fold in task.folds]
+    return (
+        pool([linear_probe(*parts) for parts in splits]),
+        pool([majority(parts[0], parts[2]) for parts in splits]),
+    )
 
 
 def _spread_windows(reader: WindowReader, length: int, max_windows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,20 +125,28 @@ def _spread_windows(reader: WindowReader, length: int, max_windows: int) -> tupl
     return samples, starts
 
 
-def _by_video(videos: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    folds = min(_NUM_FOLDS, len(np.unique(videos)))
-    return list(GroupKFold(folds).split(videos, groups=videos)) if folds >= 2 else []
+def _by_video(videos: np.ndarray) -> list[Fold]:
+    """Folds that hold out source videos, for val too; none where there are fewer than three."""
+    if len(np.unique(videos)) < 3:
+        return []
+    folds = []
+    for rest, test in GroupKFold(min(_NUM_FOLDS, len(np.unique(videos)))).split(videos, groups=videos):
+        train, val = hold_out(videos[rest], _VAL_SHARE)
+        folds.append((rest[train], rest[val], test))
+    return folds
 
 
-def _by_time(videos: np.ndarray, times_s: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """One fold over the videos that have at least three windows: earlier windows train, later ones test."""
-    train: list[int] = []
-    test: list[int] = []
+def _by_time(videos: np.ndarray, times_s: np.ndarray) -> list[Fold]:
+    """One fold over the videos that have at least three windows: the later third tests, a quarter of the rest before it is
+    val, what is earlier trains."""
+    parts: tuple[list[int], ...] = ([], [], [])
     for video in np.unique(videos):
         rows = np.flatnonzero(videos == video)
         rows = rows[np.argsort(times_s[rows], kind="stable")]
         if len(rows) >= 3:
-            cut = (2 * len(rows) + 2) // 3
-            train += list(rows[:cut])
-            test += list(rows[cut:])
-    return [(np.array(train), np.array(test))] if len(np.unique(videos[train])) >= 2 else []
+            test = (2 * len(rows) + 2) // 3
+            val = test - max(1, round(_VAL_SHARE * test))
+            for part, chosen in zip(parts, np.split(rows, [val, test]), strict=True):
+                part += list(chosen)
+    train, val_rows, test_rows = map(np.array, parts)
+    return [(train, val_rows, test_rows)] if len(np.unique(videos[parts[0]])) >= 2 else []

@@ -122,7 +122,7 @@ class Shipper:
 
     def _create_run(self, spool: dict[str, Any]) -> str:
         """The id of a new run, or of the one that an earlier attempt made whose answer was lost."""
-        experiment_id = self._find_experiment(spool["experiment"])
+        experiment_id = self._state["experiment_id"] = self._find_experiment(spool["experiment"])
         known = f"tags.`tokenreel.spool_id` = '{spool['spool_id']}'"
         if runs := self._client.search_runs([experiment_id], known, max_results=1):
             if spool["ending"] is None:
@@ -340,6 +340,7 @@ class Shipper:
         return {
             "tracking_uri": redact_uri(self._uri),
             "run_id": "",
+            "experiment_id": "",
             "cursors": {},
             "last_steps": {},
             "params": "",

@@ -88,7 +88,7 @@ class Step:
         is_finite = values[0].isfinite() & grad_norm.isfinite()
         self._is_broken = torch.where(is_finite, self._is_broken, 1.0)
         # The fused kernel leaves weights, moments and step counts alone where this is 1, and nobody waits for it.
-        optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]
+        optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]  # read by the fused kernel, not declared
         optimizer.step()
         if config.ema_decay:
             update_ema(optimizer, config.ema_decay)

@@ -49,7 +49,7 @@ class TokenizeConfig:
     settings: Annotated[TokenizeSettings, tyro.conf.arg(name="")] = field(default_factory=TokenizeSettings)
     num_encoders: int = 0
     """Encoders: one GPU each or, where there is none, one thread each; 0 takes every GPU, or as many as there are CPUs. Those
-    share the CPUs with decoding, and whichever has more to do gets more of them."""
+    share the CPUs with decoding, which gives way to them."""
     rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import time
 import uuid
@@ -23,6 +24,7 @@ from jobs.checkpoint import best_checkpoint, discard, list_checkpoints, read_cur
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
+from jobs.gauges import JobMetrics
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
 from jobs.mirror import MARKER_NAME, Mirror
@@ -33,12 +35,25 @@ from models.optim import OptimConfig
 from pipeline.dataset import config_differences, require_unused
 from pipeline.errors import ConfigError, TokenreelError
 from pipeline.files import write_atomic
+from pipeline.order import ORDER_VERSION
 from pipeline.schema import fingerprint
 
 log = logging.getLogger(__name__)
-_NOT_IDENTITY = ("workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from", "from_run", "test")
-"""Settings that may change between a run and its resume; inputs count by fingerprint, not by where they lie."""
-_NOT_IDENTITY_OF_LOADER = ("cache",)
+_NOT_IDENTITY = {
+    "": {"workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from", "from_run", "test"},
+    "loader": {"cache"},
+    "loop": {
+        "keep_checkpoints",
+        "picture_every_steps",
+        "parallel",
+        "recompute",
+        "compile",
+        "fetch_every_steps",
+        "peak_tflops",
+    },
+}
+"""Settings, by group, that may change between a run and its resume: they say where and how fast it runs, and what it writes
+on the way; inputs count by fingerprint, not by where they lie."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,12 +195,10 @@ def run_training(
 
 def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
     """Create or check the run folder; returns the run's fingerprint."""
-    plain = to_plain(config)
-    identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY}
-    if "loader" in identity:
-        identity["loader"] = {
-            key: value for key, value in identity["loader"].items() if key not in _NOT_IDENTITY_OF_LOADER
-        }
+    identity = {key: value for key, value in to_plain(config).items() if key not in _NOT_IDENTITY[""]}
+    for group in _NOT_IDENTITY.keys() & identity.keys():
+        identity[group] = {key: value for key, value in identity[group].items() if key not in _NOT_IDENTITY[group]}
+    identity["order_version"] = ORDER_VERSION
     identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
     marker = out / MARKER_NAME
     if marker.exists():
@@ -222,6 +235,7 @@ def _fit(
     num_parts: int,
 ) -> None:
     settings = {
+        "job": job,
         "build": build,
         "run": out.resolve(),
         "loop": config,
@@ -232,13 +246,17 @@ def _fit(
     with connect(), follow(out / JOURNAL_NAME, job, config.steps):
         resources = _choose_resources(workers)  # once: after a preemption the cluster is smaller for a while
         for num_preemptions in range(workers.max_preemptions + 1):
+            on_interrupt = signal.getsignal(signal.SIGINT)
             try:
                 outcome: _Outcome = _make_trainer(out, workers, settings, resources).fit().return_value
+            except SystemExit:  # how Ray Train ends the driver at Ctrl-C, with code 0
+                raise KeyboardInterrupt from None
             except Exception as error:  # Ray wraps whatever a worker raised
                 raise TrainingFailed(
                     f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
                 ) from error
             finally:
+                signal.signal(signal.SIGINT, on_interrupt)
                 shutil.rmtree(out / "ray", ignore_errors=True)
             if outcome.error:
                 raise TrainingFailed(outcome.error)
@@ -314,7 +332,12 @@ def _work(settings: dict[str, Any]) -> _Outcome:
         if rank >= world_size:
             return _Outcome()
     context = Context(
-        run=run, rank=rank, world_size=world_size, device=ray.train.torch.get_device(), should_stop=should_stop
+        run=run,
+        rank=rank,
+        world_size=world_size,
+        device=ray.train.torch.get_device(),
+        should_stop=should_stop,
+        measured=JobMetrics(settings["job"], run.name).set,
     )
     if workers.mirror:
         mirror = Mirror(workers.mirror)

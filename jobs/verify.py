@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -49,7 +49,7 @@ _SHARE = PrimitiveConstructorSpec[float](
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyConfig:
-    """Check a clip or token dataset: hashes, offsets, tar members, books, splits, duplicates, stale or foreign shards; with
+    """Check a clip, token or embedding dataset: hashes, offsets, tar members, books, splits, duplicates, stale or foreign shards; with
     --re-encode also whether tokens are those of their clips."""
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
@@ -195,13 +195,15 @@ def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> E
 
 def _rebuild(store: Store) -> None:
     """Run the job that wrote the dataset again, by its own config; it makes what is missing."""
-    from jobs import shard, tokenize
+    from jobs import embed, shard, tokenize
 
-    plain = _read_config(store)
-    if read_meta(store).kind == "clips":
-        shard.run(replace(from_plain(plain, shard.ShardConfig, store.where(CONFIG_NAME)), out=store.url))
-    else:
-        tokenize.run(replace(from_plain(plain, tokenize.TokenizeConfig, store.where(CONFIG_NAME)), out=store.url))
+    jobs: dict[str, tuple[type[Any], Callable[[Any], JobResult]]] = {
+        "clips": (shard.ShardConfig, shard.run),
+        "tokens": (tokenize.TokenizeConfig, tokenize.run),
+        "embeddings": (embed.EmbedConfig, embed.run),
+    }
+    kind, run_job = jobs[read_meta(store).kind]
+    run_job(replace(from_plain(_read_config(store), kind, store.where(CONFIG_NAME)), out=store.url))
 
 
 def _read_config(store: Store) -> dict[str, Any]:

@@ -127,6 +127,19 @@ def write_embedding_shard(
     return Written(info, sum(sample["size"] for sample in samples))
 
 
+def hash_vector(vector: np.ndarray) -> str:
+    """The `sha256` of a row: of its embedding as little-endian float32."""
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The column `embedding` as (n d) float32; d is 0 where there are no rows."""
+    flat = [chunk.flatten().to_numpy() for chunk in table["embedding"].chunks]
+    if not len(table):
+        return np.empty((0, 0), np.float32)
+    return np.concatenate(flat).reshape(len(table), -1)
+
+
 def _embed_samples(
     file: IO[bytes], samples: list[dict[str, Any]], rejects: list[Reject], embed: Embed, settings: EmbedSettings
 ) -> Iterator[tuple[dict[str, Any], list[int], np.ndarray]]:
@@ -227,8 +240,10 @@ def _commit(
     ledger = Ledger(planned=planned, committed=len(rows))
     ledger.add_rejects(rejects)
     ledger.check()
+    order = sorted(range(len(rows)), key=lambda place: str(rows[place]["key"]))
+    rows, values = [rows[place] for place in order], [values[place] for place in order]
     for row, vector in zip(rows, values, strict=True):
-        row["sha256"] = hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+        row["sha256"] = hash_vector(vector)
     info = ShardInfo(
         fingerprint=dataset_fingerprint,
         tar_bytes=0,

@@ -12,6 +12,8 @@ import numpy as np
 
 from pipeline.schema import mix64
 
+ORDER_VERSION = 2
+"""Changes whenever the sequence does: a run that began with another cannot be resumed."""
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -21,10 +23,9 @@ class GlobalOrder:
 
     Position p is sample `p % n` of epoch `p // n`. Step k of a run with global batch B consumes the positions
     [k*B, (k+1)*B), and rank r of w the r-th of w equal parts of them: the order is the same for any number of workers,
-    and a resume computes its place instead of replaying.
+    and a resume computes its place instead of replaying: it draws the order of the shards, and of the samples in one block.
 
-    Memory: 4 bytes a sample for each of at most two epochs (12 for the newer one while it is drawn), and 8 for each
-    sample of at most four blocks.
+    Memory: 8 bytes for each shard of at most two epochs, and for each sample of at most four blocks.
 
     Args:
         shards: (n,) shard number of each sample, non-decreasing. It is read once and not kept.
@@ -92,19 +93,17 @@ class GlobalOrder:
         sizes = np.diff(self._bounds)[order]
         ends = np.cumsum(sizes)[self._shards_per_block - 1 :: self._shards_per_block]
         bounds = np.unique(np.concatenate([[0], ends, [len(self)]]))
-        keys = np.arange(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
-        rng.shuffle(keys)  # the same permutation as rng.permutation(n), in half the memory
-        return _Epoch(order=order, bounds=bounds, keys=keys, shards_per_block=self._shards_per_block)
+        return _Epoch(order=order, bounds=bounds, shards_per_block=self._shards_per_block)
 
     def _block(self, epoch: int, block: int) -> np.ndarray:
         """The samples of a block in the order of the epoch."""
-        return _remember(self._blocks, (epoch, block), 4, lambda: self._sort_block(epoch, block))
+        return _remember(self._blocks, (epoch, block), 4, lambda: self._draw_block(epoch, block))
 
-    def _sort_block(self, epoch: int, block: int) -> np.ndarray:
-        drawn = self._epoch(epoch)
-        shards = np.sort(drawn.shards_of(block))
+    def _draw_block(self, epoch: int, block: int) -> np.ndarray:
+        shards = np.sort(self._epoch(epoch).shards_of(block))
         samples = np.concatenate([np.arange(self._bounds[one], self._bounds[one + 1]) for one in shards])
-        return samples[np.argsort(drawn.keys[samples])]
+        np.random.default_rng([self._seed, epoch, block + 1]).shuffle(samples)  # a trailing 0 would be the same seed
+        return samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,12 +112,10 @@ class _Epoch:
 
     order: places of the shards among all, shuffled; each `shards_per_block` of them are a block.
     bounds: place in the epoch where each block begins, and the end.
-    keys: (n,) a permutation; the samples of a block stand in the order of theirs.
     """
 
     order: np.ndarray
     bounds: np.ndarray
-    keys: np.ndarray
     shards_per_block: int
 
     def block_at(self, place: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.metrics import Counter as MetricCounter
+from ray.util.metrics import Gauge
 
 from pipeline.dataset import DatasetMeta
 from pipeline.embedding import Embed, EmbedSettings, write_embedding_shard
@@ -182,6 +185,11 @@ def _use(encoder: Any) -> EncoderUse:
         return EncoderUse()
 
 
+ENCODER_METRICS = {
+    "tokenreel_encoder_busy_share": "Share of the time since its first batch in which an encoder encoded.",
+    "tokenreel_encoder_frames": "Frames that an encoder encoded.",
+}
+"""Name to description of what each encoder exports; see `jobs/gauges.py`."""
 _OPEN_SHARDS = 2
 _MAX_RETRIES = 5
 """Times that a shard, or a group of clips, whose process died is tried again."""
@@ -205,6 +213,8 @@ class _Encoder:
         self._clips, self._out, self._fingerprint, self._settings = clips, out, fingerprint, settings
         self._encode, self._groups_ahead = make_encode(), groups_ahead
         self._turns, self._clock = threading.Semaphore(batches_at_a_time), BusyClock()
+        busy, frames = ENCODER_METRICS.items()
+        self._busy_share, self._num_frames = Gauge(*busy), MetricCounter(*frames)
 
     def write_shard(self, shard: int) -> Written:
         rows = read_shard_rows(self._clips, shard)
@@ -226,7 +236,10 @@ class _Encoder:
 
     def _encode_in_turn(self, frames: np.ndarray) -> np.ndarray:
         with self._turns, self._clock:
-            return self._encode(frames)
+            codes = self._encode(frames)
+        self._busy_share.set(1 - self._clock.use().wait_share)
+        self._num_frames.inc(len(frames))
+        return codes
 
     def _decode_ahead(self, rows: list[dict[str, Any]]) -> Iterator[Piece]:
         groups = group_rows(rows, self._settings)
@@ -273,4 +286,6 @@ class _Embedder:
 # read yet to disk instead.
 @ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, num_returns="streaming")
 def _decode_task(clips: Store, rows: list[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[Piece]]:
+    # Below the encoders, which share these CPUs: the time that a decoder loses is made up for while others wait.
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
     yield from decode_clips(clips, rows, settings)

@@ -14,13 +14,16 @@ from typing import IO, Any, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.dataset import PLAN_REJECTS, DatasetMeta, Place, listed_shards, read_meta, read_rejects_file
+from pipeline.embedding import hash_vector, vectors_of
 from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
 from pipeline.ledger import Ledger
 from pipeline.schema import Split
 from pipeline.shards import (
     ShardInfo,
+    digest_rows,
     index_name,
     read_shard_info,
     read_shard_rows,
@@ -54,7 +57,7 @@ def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
     Storage that cannot be reached is no problem of the dataset: its errors (`TransientIO`, `PermissionError`) are raised.
 
     Args:
-        parent: the clip dataset that a token dataset was made from; its shards tell which token shards are stale.
+        parent: the dataset that this one was made from; its shards tell which shards are stale.
     """
     store = Store.at(place)
     meta = read_meta(store)
@@ -72,7 +75,8 @@ def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
                     shard,
                 )
             yield from _verify_parent(store, shard, info, parent)
-            for text in _verify_shard(store, shard, info, seen):
+            verify_shard = _verify_embeddings if meta.kind == "embeddings" else _verify_shard
+            for text in verify_shard(store, shard, info, seen):
                 yield Problem(text, shard)
         except _DAMAGE as error:
             _raise_unless_damage(error)
@@ -133,7 +137,7 @@ def _verify_parent(store: Store, shard: int, info: ShardInfo, parent: Place | No
         yield Problem(str(error))
         return
     if theirs is None or theirs.content != info.parent_content:
-        yield Problem(f"{store}: shard {shard:06d} is stale, {parent} has other clips in its place now", shard)
+        yield Problem(f"{store}: shard {shard:06d} is stale, {parent} has other samples in its place now", shard)
 
 
 def _verify_shard(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Iterator[str]:
@@ -146,12 +150,7 @@ def _verify_shard(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Ite
     if entry.size_bytes != info.tar_bytes:
         yield f"{where}: {entry.size_bytes} bytes; {info.tar_bytes} were committed"
     rows = read_shard_rows(store, shard)
-    if len(rows) != info.ledger.committed:
-        yield f"{index}: {len(rows)} rows; its books say {info.ledger.committed}"
-    if [row["key"] for row in rows] != sorted({row["key"] for row in rows}):
-        yield f"{index}: keys stand twice or out of order"
-    for video_id, split in {(row["video_id"], row["split"]) for row in rows}:
-        seen.add(shard, video_id, split)
+    yield from _verify_rows(index, shard, rows, info, seen)
     with store.open(shard_name(shard)) as tar:
         for row in rows:
             if _hash_range(tar, row["offset"], row["size"]) != row["sha256"]:
@@ -159,6 +158,29 @@ def _verify_shard(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Ite
             if not _says(tar, row):
                 yield f"{where}: the JSON of sample {row['key']} does not say what its index says"
         yield from (f"{where}: {text}" for text in _verify_layout(tar, rows))
+
+
+def _verify_rows(index: str, shard: int, rows: list[dict[str, Any]], info: ShardInfo, seen: _Seen) -> Iterator[str]:
+    if len(rows) != info.ledger.committed:
+        yield f"{index}: {len(rows)} rows; its books say {info.ledger.committed}"
+    if [row["key"] for row in rows] != sorted({row["key"] for row in rows}):
+        yield f"{index}: keys stand twice or out of order"
+    for video_id, split in {(row["video_id"], row["split"]) for row in rows}:
+        seen.add(shard, video_id, split)
+
+
+def _verify_embeddings(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Iterator[str]:
+    """A shard that is its index file alone."""
+    yield from _verify_rejects(store, shard, info)
+    index = store.where(index_name(shard))
+    table = pq.read_table(pa.BufferReader(store.read(index_name(shard))))
+    vectors, rows = vectors_of(table), table.drop_columns(["embedding"]).to_pylist()
+    yield from _verify_rows(index, shard, rows, info, seen)
+    if digest_rows(rows) != info.content:
+        yield f"{index}: keys or hashes are not the ones that were committed"
+    for row, vector in zip(rows, vectors, strict=True):
+        if hash_vector(vector) != row["sha256"]:
+            yield f"{index}: the embedding of {row['key']} is not the one that was committed"
 
 
 def _verify_rejects(store: Store, shard: int, info: ShardInfo) -> Iterator[str]:

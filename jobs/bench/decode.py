@@ -236,20 +236,9 @@ def _bare_ffmpeg(video: _Video, frames: FrameConfig) -> None:
     side = frames.size_px
     at_end = "pass" if video.info.duration_s * frames.fps < 1 else "round"
     scale = f"scale={side}:{side}:force_original_aspect_ratio=increase:flags={SCALE_FLAGS}"
-    words = [
-        "ffmpeg",
-        "-v",
-        "error",
-        "-nostdin",
-        "-y",
-        "-threads",
-        "1",
-        "-filter_threads",
-        "1",
-        "-i",
-        f"file:{video.path}",
-    ]
-    words += ["-map", "0:V:0", "-vf", f"fps={frames.fps}:eof_action={at_end},{scale},crop={side}:{side}"]
+    words = ["ffmpeg", "-v", "error", "-nostdin", "-y", "-threads", "1", "-filter_threads", "1"]
+    words += ["-i", f"file:{video.path}", "-map", "0:V:0"]
+    words += ["-vf", f"fps={frames.fps}:eof_action={at_end},{scale},crop={side}:{side}"]
     done = subprocess.run([*words, "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"], check=True, capture_output=True)
     assert done.stdout
 

@@ -243,7 +243,7 @@ def _measure_lines(config: BenchTrainConfig, backbone: VimpacConfig, device: tor
     rows = []
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     for axes, heads in (("t", backbone.heads), ("h", backbone.heads // 2)):
-        num_lines, length = line_shape(axes, backbone.shape)  # type: ignore[arg-type]
+        num_lines, length = line_shape(axes, backbone.shape)  # type: ignore[arg-type]  # two of the Lines
         shape = (3, config.videos * 2 * num_lines, heads, 1 + length, backbone.head_dim)
         qkv = torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
         qkv.requires_grad_()

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs import tokenize
+from jobs import tokenize, verify
 from jobs.data_job import RejectPolicy
+from jobs.verify import VerifyConfig
 from models.tokenizers.base import load_tokenizer
 from models.tokenizers.vqvae import Vqvae
 from pipeline.dataset import read_index, read_rejects, shard_path
 from pipeline.errors import ConfigError
-from pipeline.verify import verify
+from pipeline.verify import verify as find_problems
+from pipeline.views import ViewConfig
 from tests.conftest import Stages, small_tokenize_config
 from tests.faults.cases import files_of
 
@@ -54,7 +56,25 @@ def test_damaged_clip_shards_cost_exactly_their_samples(stages: Stages, tmp_path
     unbroken = {row["key"]: row["sha256"] for row in read_index(stages.tokens).to_pylist()}
     found = {row["key"]: row["sha256"] for row in read_index(out).to_pylist()}
     assert found == {key: digest for key, digest in unbroken.items() if key not in lost}
-    assert list(verify(out, clips)) == []
+    assert list(find_problems(out, clips)) == []
+
+
+def test_views_are_samples_of_their_own_and_stand_the_audit(stages: Stages, tmp_path: Path) -> None:
+    """Two sizes, each also mirrored: the plain view's codes are those of a dataset without views, and all encode again."""
+    config = small_tokenize_config(stages.clips, tmp_path / "tokens", stages.tokenizer)
+    views = ViewConfig(more_sizes_px=(32,), flip=True)
+    result = tokenize.run(replace(config, settings=replace(config.settings, views=views)))
+    assert result.planned == result.committed == 4 * stages.results["tokenize"].committed
+    assert result.filtered == result.rejected == 0
+    plain = {row["key"]: row["sha256"] for row in read_index(stages.tokens).to_pylist()}
+    by_view: dict[str, dict[str, str]] = {}
+    for row in read_index(tmp_path / "tokens").to_pylist():
+        by_view.setdefault(row["view"], {})[row["clip_key"]] = row["sha256"]
+    assert by_view.keys() == {"64c", "64cf", "32c", "32cf"}
+    assert by_view["64c"] == plain
+    audited = verify.run(VerifyConfig(dataset=str(tmp_path / "tokens"), re_encode=0.5))
+    assert audited.status == "done" and audited.figures["samples_re_encoded"] == result.committed // 2
+    assert audited.figures["codes_different"] == 0
 
 
 def test_a_tokenizer_that_changed_is_refused_by_name(stages: Stages, tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
+def only_in_make_faults(request: pytest.FixtureRequest) -> None:
+    """To be a test's first argument: skips it, before anything is made for it, where only the quick share is wanted."""
+    if not request.config.getoption("--fault-runs"):
+        pytest.skip("takes minutes: make faults")
+
+
+@pytest.fixture(scope="session")
 def fault_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("faults") / "corpus")
 

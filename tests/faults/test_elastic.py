@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from jobs import pretrain
-from jobs.checkpoint import list_checkpoints, read_cursor
+from jobs.checkpoint import Cursor, list_checkpoints, read_cursor
 from jobs.config import save_config
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.pretrain import PretrainConfig
@@ -65,17 +66,21 @@ def own_cluster(request: pytest.FixtureRequest) -> Iterator[OwnCluster]:
         cluster.stop()
 
 
+_STEPS = 20_000
+"""More than a run takes until a test ends it, however fast the machine is."""
+
+
 class Run:
     """`tokenreel pretrain` in a process of its own, on a cluster whose nodes a test adds and takes away."""
 
-    def __init__(self, folder: Path, address: str, workers: WorkersConfig, steps: int) -> None:
+    def __init__(self, folder: Path, address: str, workers: WorkersConfig) -> None:
         self.folder = folder
         self.out = folder / "run"
         tokens = make_tokens(folder / "tokens")
-        config = make_config(tokens, self.out, workers, layers=8, steps=steps, save_every_steps=20)
+        config = make_config(tokens, self.out, workers, layers=8, steps=_STEPS, save_every_steps=20)
         store = f"sqlite:///{folder}/mlflow.db"
         self._environment = {**os.environ, "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": store}
-        self._alone = make_config(tokens, folder / "whole", WorkersConfig(), layers=8, steps=steps)
+        self._alone = make_config(tokens, folder / "alone", WorkersConfig(), layers=8, schedule_steps=_STEPS)
         with (folder / "log").open("w") as log:
             self._process = subprocess.Popen(
                 self._words(config), env=self._environment, cwd=folder, stdout=log, stderr=log
@@ -87,7 +92,7 @@ class Run:
         return (self.folder / "log").read_text()
 
     def steps(self, num_workers: int) -> list[int]:
-        rows = read_journal(self.out / "metrics.jsonl")
+        rows = read_journal(self.out / JOURNAL_NAME)
         return [row["step"] for row in rows if row["num_workers"] == num_workers]
 
     def wait_for(self, what: str, happened: Callable[[], bool]) -> None:
@@ -97,16 +102,20 @@ class Run:
             time.sleep(0.05)
         print(f"{time.monotonic() - self._began_s:.0f} s: {what}")
 
-    def end(self) -> None:
-        assert self._process.wait(200) == 0, self.said[-3000:]
-        print(f"{time.monotonic() - self._began_s:.0f} s: the end")
+    def interrupt(self) -> Cursor:
+        """End it as Ctrl-C does; the cursor of its last checkpoint."""
+        self._process.send_signal(signal.SIGINT)
+        assert self._process.wait(100) == 1 and "interrupted" in self.said, self.said[-3000:]
+        cursor = read_cursor(list_checkpoints(self.out)[-1])
+        print(f"{time.monotonic() - self._began_s:.0f} s: interrupted; step {cursor.step} is saved")
+        return cursor
 
-    def check_against_one_that_nobody_disturbs(self) -> None:
-        subprocess.run(self._words(self._alone), env=self._environment, cwd=self.folder, check=True)
-        ours, theirs = (list(read_journal(out / "metrics.jsonl")) for out in (self.out, self._alone.out))
-        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-        cursors = [read_cursor(list_checkpoints(out)[-1]) for out in (self.out, self._alone.out)]
-        assert cursors[0].keys_digest == cursors[1].keys_digest
+    def check_against_one_that_nobody_disturbs(self, cursor: Cursor) -> None:
+        alone = replace(self._alone, loop=replace(self._alone.loop, steps=cursor.step))
+        subprocess.run(self._words(alone), env=self._environment, cwd=self.folder, check=True)
+        ours, theirs = (list(read_journal(out / JOURNAL_NAME)) for out in (self.out, alone.out))
+        assert [row["step"] for row in ours[: cursor.step]] == [row["step"] for row in theirs]
+        assert cursor.keys_digest == read_cursor(list_checkpoints(alone.out)[-1]).keys_digest
         # Rounding grows with the steps; these are the first ones after the first change.
         assert [row["loss"] for row in ours[:80]] == pytest.approx([row["loss"] for row in theirs[:80]], rel=1e-2)
 
@@ -122,23 +131,22 @@ class Run:
 def test_a_run_grows_and_shrinks_with_the_cluster(own_cluster: OwnCluster, tmp_path: Path) -> None:
     own_cluster.add_node()
     elastic = WorkersConfig(num_workers=2, min_workers=1, resize_every_s=2.0)
-    run = Run(tmp_path, own_cluster.address, elastic, steps=200)
+    run = Run(tmp_path, own_cluster.address, elastic)
     try:
         run.wait_for("one worker", lambda: len(run.steps(1)) > 30)
         second = own_cluster.add_node()
         run.wait_for("two workers", lambda: len(run.steps(2)) > 10)
         reached = run.steps(2)[-1]
         own_cluster.kill_node(second)
-        run.wait_for("one again", lambda: run.steps(1)[-1] > reached)
-        run.end()
-        run.check_against_one_that_nobody_disturbs()
+        run.wait_for("one again", lambda: run.steps(1)[-1] > reached + 30)
+        run.check_against_one_that_nobody_disturbs(run.interrupt())
     finally:
         run.kill()
 
 
 def test_a_node_that_is_drained_costs_no_step(own_cluster: OwnCluster, tmp_path: Path) -> None:
     first = own_cluster.add_node()
-    run = Run(tmp_path, own_cluster.address, WorkersConfig(), steps=200)
+    run = Run(tmp_path, own_cluster.address, WorkersConfig())
     try:
         run.wait_for("a step", lambda: len(run.steps(1)) > 2)
         own_cluster.drain_node(first)
@@ -148,7 +156,8 @@ def test_a_node_that_is_drained_costs_no_step(own_cluster: OwnCluster, tmp_path:
         assert read_cursor(list_checkpoints(run.out)[-1]).step == stopped == run.steps(1)[-1]
         own_cluster.add_node()
         own_cluster.kill_node(first)
-        run.end()
+        run.wait_for("steps on the other node", lambda: run.steps(1)[-1] > stopped + 30)
+        assert run.interrupt().step > stopped
     finally:
         run.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,29 @@ def test_what_a_step_reports(tmp_path: Path) -> None:
     row = run_loop(tmp_path)[-1]
     assert row["loss"] == row["loss_square"] == pytest.approx(row["twice"] / 2)
     assert {"lr", "grad_norm", "step_s", "data_wait_share", "samples_per_s", "peak_memory_bytes"} <= row.keys()
+
+
+@pytest.mark.parametrize("fetch_every_steps", [1, 3])
+def test_a_step_lasts_as_long_as_its_work(fetch_every_steps: int, tmp_path: Path) -> None:
+    class Slow(Noisy):
+        def forward(self, batch: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+            time.sleep(0.01)
+            return super().forward(batch)
+
+    began_s = time.perf_counter()
+    train(Slow(), Steps(), Context(run=tmp_path), replace(CONFIG, fetch_every_steps=fetch_every_steps), OPTIM)
+    taken_s = time.perf_counter() - began_s
+    rows = list(read_journal(tmp_path / "metrics.jsonl"))
+    assert all(row["step_s"] >= 0.01 and row["samples_per_s"] == pytest.approx(4 / row["step_s"]) for row in rows)
+    assert sum(row["step_s"] for row in rows) < taken_s
+
+
+def test_whoever_watches_is_told_what_the_journal_holds(tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+    context = Context(run=tmp_path, measured=lambda metrics: told.append(dict(metrics)))
+    train(Noisy(), Steps(), context, CONFIG, OPTIM)
+    rows = list(read_journal(tmp_path / "metrics.jsonl"))
+    assert [(one["step"], one["loss"]) for one in told] == losses(rows)
 
 
 def test_checkpoints_are_saved_as_often_and_kept_as_many_as_told(tmp_path: Path) -> None:

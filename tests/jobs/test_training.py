@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import pretrain
+from jobs import pretrain, training
 from jobs.training import WorkersConfig, _open_run, usable_workers
 from pipeline.errors import ConfigError
 from pipeline.loader import CacheConfig
+from pipeline.order import ORDER_VERSION
 from tests.conftest import small_pretrain_config
 from tests.e2e.training import make_config, make_tokens
 
@@ -45,10 +46,29 @@ def test_a_batch_that_does_not_divide_by_the_fewest_workers_is_refused_before_an
     assert not (tmp_path / "run").exists()
 
 
-def test_another_cache_is_the_same_run(tmp_path: Path) -> None:
+def test_what_makes_another_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = small_pretrain_config(tmp_path / "tokens", out)
     elsewhere = replace(config.loader, cache=CacheConfig(folder=tmp_path / "cache", max_bytes=5))
     assert _open_run(out, config, []) == _open_run(out, replace(config, loader=elsewhere), [])
+    others = {"compile": "on", "recompute": True, "parallel": "fsdp", "fetch_every_steps": 7, "peak_tflops": 1.0}
+    others |= {"keep_checkpoints": 1, "picture_every_steps": 3}
+    for name, value in others.items():
+        assert _open_run(out, config, []) == _open_run(
+            out, replace(config, loop=replace(config.loop, **{name: value})), []
+        )
+    with pytest.raises(ConfigError, match=r"loop.micro_batch = None \(now 1\)"):
+        _open_run(out, replace(config, loop=replace(config.loop, micro_batch=1)), [])
     with pytest.raises(ConfigError, match=r"loader.distance = None \(now 3\)"):
         _open_run(out, replace(config, loader=replace(config.loader, distance=3)), [])
+
+
+def test_a_run_that_saw_its_samples_in_another_order_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_pretrain_config(tmp_path / "tokens", tmp_path / "run")
+    monkeypatch.setattr(training, "ORDER_VERSION", 1)
+    _open_run(tmp_path / "run", config, [])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=rf"order_version = 1 \(now {ORDER_VERSION}\)"):
+        _open_run(tmp_path / "run", config, [])

@@ -99,12 +99,13 @@ def test_what_the_order_depends_on() -> None:
 
 
 def test_the_order_is_fixed_for_good() -> None:
-    """A resumed run may meet a newer numpy; if its generator changed, the order would, and this says so."""
+    """A resumed run may meet a newer numpy; if its generator changed, the order would, and this says so. Who changes the
+    order on purpose raises ORDER_VERSION."""
     order = make_order(np.repeat(np.arange(3), 3), seed=7, fingerprint="abc", shards_per_block=2)
-    np.testing.assert_array_equal(order.samples(0, 9)[1], [7, 4, 8, 6, 3, 5, 2, 0, 1])
+    np.testing.assert_array_equal(order.samples(0, 9)[1], [4, 5, 8, 6, 7, 3, 1, 2, 0])
 
 
-@pytest.mark.parametrize(("epoch", "digest"), [(0, "a5934e8f629398ca"), (3, "f0b81c0fc680cc54")])
+@pytest.mark.parametrize(("epoch", "digest"), [(0, "a789e814322ba1e8"), (3, "ee2abd442fa2120d")])
 def test_a_larger_order_is_fixed_for_good(epoch: int, digest: str) -> None:
     """Blocks of several shards of unequal sizes, numbers left out: what a run in progress has seen already."""
     shards = np.repeat([2, 3, 5, 8, 9, 11, 12], [40, 1, 77, 13, 60, 9, 100])
