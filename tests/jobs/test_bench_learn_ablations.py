@@ -18,7 +18,7 @@ from jobs.bench.learn.arms import BASE, TABLES, make_arms, mean_block_share
 from jobs.bench.learn.measure import draw_share, read_task
 from jobs.bench.learn.report import Estimate, estimate
 from jobs.bench.learn.tasks import Counts
-from jobs.bench.learn.train import Budget, _keep_part, pretrain, run_arm
+from jobs.bench.learn.train import Budget, keep_part, pretrain, run_arm
 from jobs.config import to_plain
 from jobs.mlflow_store import open_client
 from models.masking import iid_masks
@@ -48,11 +48,11 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(tokenizer.codebook.codes)
     tokenizer.eval().save(out / "tokenizers" / "s1" / "model")
     for task in tasks:
-        prepare._write_manifest(out / "tasks" / f"{task.name}.csv", task)
-    prepare._write_tokens(config, tasks, 1)
+        prepare.write_manifest(out / "tasks" / f"{task.name}.csv", task)
+    prepare.write_tokens(config, tasks, 1)
     (out / "prepare.json").write_text(json.dumps(to_plain(config)))
     page = {
-        "tasks": {task.name: prepare._describe(task) for task in tasks},
+        "tasks": {task.name: prepare.describe(task) for task in tasks},
         "baselines": {task.name: {"chance": 1 / len(task.classes)} for task in tasks},
     }
     (out / "benchmark.json").write_text(json.dumps(page))
@@ -105,7 +105,7 @@ def test_a_part_of_the_corpus_is_within_a_larger_one(benchmark: Path, tmp_path: 
     kept = {}
     for one in runs[:2]:
         one.folder.mkdir(parents=True)
-        kept[one.arm.name] = set(pq.read_table(_keep_part(one))["key"].to_pylist())
+        kept[one.arm.name] = set(pq.read_table(keep_part(one))["key"].to_pylist())
     assert kept["corpus-1/4"] < kept["corpus-1/2"] and 50 < len(kept["corpus-1/2"]) < 110
 
 

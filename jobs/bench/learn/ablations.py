@@ -55,6 +55,8 @@ class LearnAblationsConfig:
     """Layers of the base arm's network."""
     hidden: int = 128
     """Its width."""
+    frames: int = 8
+    """Frames of a window in pre-training; 16, of which a clip has as many, must be a multiple."""
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class LearnAblationsConfig:
                 f"seeds = {self.seeds}, workers = {self.workers}, layers = {self.layers} must be 1 or more, and hidden = "
                 f"{self.hidden} a multiple of 8"
             )
+        if self.frames < 1 or NUM_FRAMES % self.frames:
+            raise ConfigError(f"frames = {self.frames}: must divide the {NUM_FRAMES} frames of a clip")
 
 
 def run(config: LearnAblationsConfig) -> JobResult:
@@ -132,7 +136,7 @@ def _arms(config: LearnAblationsConfig, prepared: LearnPrepareConfig) -> dict[st
         heads=4,
         head_dim=config.hidden // 4,
         mlp=4 * config.hidden,
-        num_frames=NUM_FRAMES,
+        num_frames=config.frames,
         grid_height=side,
         grid_width=side,
         codebook_size=prepared.codebook_size,

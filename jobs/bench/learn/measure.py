@@ -75,8 +75,8 @@ def draw_share(task: TaskTokens, share: float, seed: int) -> np.ndarray:
 
 
 class Embedded(NamedTuple):
-    """Of n clips. pooled: (n 6d) float32: CLS, the mean over all tokens, and over each quarter of the frames. frames:
-    (n t d) float32: the mean over the tokens of each frame, which the attentive probe looks at."""
+    """Of n clips. pooled: (n, (w + 4) d) float32: CLS of each of the w windows, and the mean over the tokens of each quarter of
+    the frames. frames: (n t d) float32: the mean over the tokens of each frame, which the attentive probe looks at."""
 
     pooled: np.ndarray
     frames: np.ndarray
@@ -84,16 +84,18 @@ class Embedded(NamedTuple):
 
 @torch.inference_mode()
 def embed(backbone: VimpacBackbone, tokens: np.ndarray, batch_size: int = 64) -> Embedded:
-    """Features of clips (n t h w) uint16 that hold no PAD; order in time is kept by quarters, as linear probes cannot see it
-    in a mean over all frames."""
+    """Features of clips (n t h w) uint16 that hold no PAD, window by window, each as long as the backbone's, without overlap.
+
+    Order in time is kept by windows and quarters, as linear probes cannot see it in a mean over all frames.
+    """
     backbone.eval()
     pooled, by_frame = [], []
     for first in range(0, len(tokens), batch_size):
         batch = torch.from_numpy(tokens[first : first + batch_size].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
-            features = backbone(batch, padded=False)
-        frames = features.tokens.float().mean(dim=(2, 3))  # n t d
+            windows = [backbone(part, padded=False) for part in batch.split(backbone.config.num_frames, dim=1)]
+        frames = torch.cat([window.tokens.float().mean(dim=(2, 3)) for window in windows], dim=1)  # n t d
         quarters = [part.mean(dim=1) for part in frames.tensor_split(_QUARTERS, dim=1)]
-        pooled.append(torch.cat([features.cls.float(), frames.mean(dim=1), *quarters], dim=1).numpy())
+        pooled.append(torch.cat([*(window.cls.float() for window in windows), *quarters], dim=1).numpy())
         by_frame.append(frames.numpy())
     return Embedded(np.concatenate(pooled), np.concatenate(by_frame))

@@ -80,16 +80,16 @@ class LearnPrepareConfig:
     """Folder for everything."""
     size_px: int = 32
     """Side of the frames in pixels."""
-    patch: int = 8
+    patch: int = 4
     """Pixels along each side of a token's square."""
     codebook_size: int = 512
     """Codes of the tokenizers."""
-    pen: Counts = field(default_factory=lambda: Counts(train=3000, val=500, test=1000))
+    pen: Counts = field(default_factory=lambda: Counts(train=2000, val=300, test=600))
     """Clips of the pen digits; there are 10,992."""
-    others: Counts = field(default_factory=lambda: Counts(train=1000, val=250, test=500))
+    others: Counts = field(default_factory=lambda: Counts(train=600, val=150, test=300))
     """Clips of each other task."""
-    tokenizer_steps: tuple[int, ...] = (1000, 60)
-    """Optimiser steps of each tokenizer. The first one is the benchmark's, `s1000`; the others are for the ablation."""
+    tokenizer_steps: tuple[int, ...] = (600, 60)
+    """Optimiser steps of each tokenizer. The first one is the benchmark's, `s600`; the others are for the ablation."""
     seed: int = 0
     """Seed of everything that is drawn."""
 
@@ -121,16 +121,16 @@ def run(config: LearnPrepareConfig) -> JobResult:
         frames = timed("footage", functools.partial(_read_footage, config.out))
         tasks: list[Task] = timed("clips", functools.partial(make_tasks, config, pen_file, frames))
         for task in tasks:
-            _write_manifest(config.out / "tasks" / f"{task.name}.csv", task)
+            write_manifest(config.out / "tasks" / f"{task.name}.csv", task)
         timed("pixels", functools.partial(_write_pixels, config, tasks))
         for steps in config.tokenizer_steps:
             timed(f"tokenizer s{steps}", functools.partial(_train_tokenizer, config, steps))
-            timed(f"tokens s{steps}", functools.partial(_write_tokens, config, tasks, steps))
+            timed(f"tokens s{steps}", functools.partial(write_tokens, config, tasks, steps))
         timed("pictures", functools.partial(_draw, config, tasks))
         if not (config.out / "benchmark.json").exists():
             points, classes = pen.read_trajectories(pen_file)
             page = {
-                "tasks": {task.name: _describe(task) for task in tasks},
+                "tasks": {task.name: describe(task) for task in tasks},
                 "baselines": timed("baselines", lambda: {task.name: measure_baselines(task) for task in tasks}),
                 "pen_coordinates": timed("coordinates", lambda: pen.coordinate_accuracies(points, classes)),
             }
@@ -190,7 +190,8 @@ def _read_footage(out: Path) -> dict[str, np.ndarray]:
     return frames
 
 
-def _write_manifest(path: Path, task: Task) -> None:
+def write_manifest(path: Path, task: Task) -> None:
+    """Video, label and split of every clip, as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -259,18 +260,18 @@ def _train_tokenizer(config: LearnPrepareConfig, steps: int) -> None:
             tokenizer=VqvaeConfig(channels=64, codebook_size=config.codebook_size, patch=config.patch),
             optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
             loader=FrameLoaderConfig(
-                frames=FrameConfig(fps=FPS, size_px=config.size_px), batch_size=256, frames_per_clip=32
+                frames=FrameConfig(fps=FPS, size_px=config.size_px), batch_size=128, frames_per_clip=8
             ),
             loop=LoopConfig(
                 steps=steps, save_every_steps=min(500, steps), picture_every_steps=min(500, steps), seed=config.seed
             ),
             workers=WorkersConfig(num_workers=2),
-            eval_frames=4096,
+            eval_frames=1024,
         )
     )
 
 
-def _write_tokens(config: LearnPrepareConfig, tasks: list[Task], steps: int) -> None:
+def write_tokens(config: LearnPrepareConfig, tasks: list[Task], steps: int) -> None:
     """The token dataset that `tokenreel tokenize` would make of the clips as videos, written by the same code."""
     folder = tokens_folder(config.out, steps)
     model = config.out / "tokenizers" / f"s{steps}" / "model"
@@ -359,7 +360,8 @@ def _draw(config: LearnPrepareConfig, tasks: list[Task]) -> None:
         save_png_grid(path, rows, ["original", "reconstruction"])
 
 
-def _describe(task: Task) -> dict[str, Any]:
+def describe(task: Task) -> dict[str, Any]:
+    """A task's entry in `benchmark.json`: what is asked, what is real, how many clips and sources."""
     return {
         "question": task.question,
         "pixels": task.pixels,

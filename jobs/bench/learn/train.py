@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from jobs.attentive import attentive_probe
 from jobs.bench.learn.arms import Arm
 from jobs.bench.learn.measure import TaskTokens, draw_share, embed, read_task
+from jobs.bench.learn.tasks import NUM_FRAMES
 from jobs.config import to_plain
 from jobs.frozen import ProbeResult, knn_probe, linear_probe, make_result
 from jobs.journal import JOURNAL_NAME, read_journal
@@ -87,7 +88,7 @@ def _run_arm(run: ArmRun) -> None:
     started_s = time.monotonic()
     backbone = pretrain(run)
     pretrain_s = time.monotonic() - started_s
-    shape, pad = run.arm.backbone.shape, run.arm.backbone.pad_id
+    shape, pad = (NUM_FRAMES, *run.arm.backbone.shape[1:]), run.arm.backbone.pad_id
     rows: list[dict[str, Any]] = []
     for manifest in run.manifests:
         task = read_task(run.tokens, manifest, shape, pad)
@@ -130,7 +131,7 @@ def pretrain(run: ArmRun) -> VimpacBackbone:
     config = LoaderConfig(
         batch_size=budget.batch_size,
         seed=run.seed,
-        keep_list=_keep_part(run) if arm.corpus_share < 1 else None,
+        keep_list=keep_part(run) if arm.corpus_share < 1 else None,
         cache=CacheConfig(folder=run.folder.parent / ".cache"),
     )
     loader = TokenLoader(
@@ -153,7 +154,7 @@ def pretrain(run: ArmRun) -> VimpacBackbone:
     return objective.backbone.eval()
 
 
-def _keep_part(run: ArmRun) -> Path:
+def keep_part(run: ArmRun) -> Path:
     """A keep list of a part of the training clips; a smaller part is within a larger one."""
     path = run.folder / "keep.parquet"
     keys = read_index(run.tokens, ["key"])["key"].to_pylist()
@@ -214,6 +215,8 @@ class _Labelled:
 
 def _finetune(task: TaskTokens, backbone: VimpacBackbone, run: ArmRun) -> list[dict[str, Any]]:
     budget, rows = run.budget, []
+    # One window spans the whole clip, at a lower frame rate than in pre-training, as in the paper.
+    task = replace(task, tokens=task.tokens[:, :: NUM_FRAMES // run.arm.backbone.num_frames])
     for share in budget.shares:
         seed_everything(run.seed, -1, 0)
         own = VimpacBackbone(run.arm.backbone)
