@@ -40,7 +40,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `prepare` makes of two of the tasks, with a tokenizer that learnt nothing."""
     out = tmp_path_factory.mktemp("learn")
     config = prepare.LearnPrepareConfig(
-        out=out, size_px=16, codebook_size=CODES, pen=COUNTS, others=COUNTS, tokenizer_steps=(1,)
+        out=out, size_px=16, patch=8, codebook_size=CODES, pen=COUNTS, others=COUNTS, tokenizer_steps=(1,)
     )
     tasks = [task for task in digits.make_tasks(COUNTS, 16, seed=0) if task.name != "digit-first"]
     torch.manual_seed(0)
