@@ -138,7 +138,7 @@ def _wrap(objective: nn.Module, context: Context, config: LoopConfig) -> nn.Modu
         )
     for block in blocks:
         if config.recompute:
-            setattr(block, "forward", functools.partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
+            setattr(block, "forward", functools.partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010  # mypy refuses to assign to a method
         if config.compile == "on" or (config.compile == "auto" and context.device.type == "cuda"):
             block.compile(dynamic=False)
     if context.world_size == 1:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -256,7 +257,8 @@ def _fit(
                     f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
                 ) from error
             finally:
-                signal.signal(signal.SIGINT, on_interrupt)
+                if threading.current_thread() is threading.main_thread():  # only there Ray Train replaced it
+                    signal.signal(signal.SIGINT, on_interrupt)
                 shutil.rmtree(out / "ray", ignore_errors=True)
             if outcome.error:
                 raise TrainingFailed(outcome.error)

@@ -53,7 +53,7 @@ def make_labelled_tokens(
     tokenizer: str = "t" * 32,
 ) -> Path:
     """`per_split` clips of each class, 12 frames at 16 fps, each in all `views`; two clips a video. A class has codes of its
-    own: 20 n to 20 n + 9 for class n."""
+    own: 20 n and 20 n + 1 for class n."""
     rng = np.random.default_rng(0)
     extra = {"tokenizer": {"codebook_size": CODEBOOK_SIZE, "fingerprint": tokenizer}}
     meta = create_or_resume(folder, describe(num_shards=1, extra=extra))
@@ -78,7 +78,7 @@ def make_labelled_tokens(
                     height=grid[0],
                     width=grid[1],
                 )
-                codes = rng.integers(20 * label, 20 * label + 10, (12, *grid)).astype(np.uint16)
+                codes = rng.integers(20 * label, 20 * label + 2, (12, *grid)).astype(np.uint16)
                 add_codes(writer, row, codes)
             clip += 1
     writer.commit(clip * len(views), [])
@@ -90,7 +90,7 @@ def make_config(tokens: Path, out: Path, **changes: Any) -> FinetuneConfig:
     """Learns the classes of `make_labelled_tokens` within its 24 steps."""
     values: dict[str, Any] = {
         "backbone": NETWORK,
-        "optim": OptimConfig(lr=0.02, betas=(0.9, 0.999)),
+        "optim": OptimConfig(lr=0.04, betas=(0.9, 0.999)),
         "loader": LabelledConfig(batch_size=12, fps=8.0),
         "loop": LoopConfig(steps=24, save_every_steps=8, picture_every_steps=0, keep_checkpoints=9),
         "workers": WorkersConfig(),

@@ -44,7 +44,7 @@ def test_it_learns_and_says_so_of_the_validation_split(tokens: Path, tmp_path: P
     config = replace(config, loop=replace(config.loop, picture_every_steps=12))
     rows = finetune(config)
     assert losses(rows)[0] == pytest.approx(1.0986, abs=1e-3)  # log 3: every class is equally likely at first
-    assert losses(rows)[-1] < 0.3 and rows[0].keys() >= {
+    assert losses(rows)[-1] < 0.75 and rows[0].keys() >= {
         "accuracy",
         "loss_classification",
         "clips_per_s",

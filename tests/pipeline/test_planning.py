@@ -199,7 +199,7 @@ class TestManifest:
 
     def test_a_bad_row_does_not_take_the_place_of_a_good_one(self, tmp_path: Path) -> None:
         make_files(tmp_path, "a.mp4")
-        (tmp_path / "m.csv").write_text("video,split\na.mp4,test\na.mp4,val\n")
+        (tmp_path / "m.csv").write_text("video,split\na.mp4,other\na.mp4,val\n")
         plan = make_plan(tmp_path / "m.csv", tmp_path / "w")
         assert paths_of(plan) == ["a.mp4"] and [r["reason"][:5] for r in rejects_of(plan)] == ["row 1"]
 
