@@ -31,7 +31,13 @@ from pipeline.verify import verify
 CODES = 16
 COUNTS = Counts(train=40, val=20, test=20)
 BUDGET = Budget(
-    steps=2, batch_size=4, shares=(0.1, 1.0), probes=("linear",), finetune_tasks=("digit-collision",), finetune_steps=2
+    steps=2,
+    batch_size=4,
+    shares=(0.1, 1.0),
+    probes=("linear",),
+    finetune_tasks=("digit-collision",),
+    finetune_shares=(0.5, 1.0),
+    finetune_steps=2,
 )
 
 
@@ -142,7 +148,7 @@ def test_a_table_and_a_plot_and_more_arms_later(
     rows = json.loads((tmp_path / "runs" / f"{BASE}-seed1" / "result.json").read_text())["rows"]
     found = {(row["task"], row["method"], row["share"]) for row in rows}
     assert len(found) == len(rows) == 2 * 2 + 2
-    assert ("digit-collision", "finetune", 1.0) in found and ("digit-direction", "finetune", 1.0) not in found
+    assert ("digit-collision", "finetune", 0.5) in found and ("digit-direction", "finetune", 1.0) not in found
     table = (tmp_path / "results.md").read_text()
     assert "## linear, 10 % of labels" in table and f"| {BASE} |" in table and "±" in table
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")

@@ -53,7 +53,7 @@ class LearnAblationsConfig:
     """Arms at a time, each in a process with one thread; 1: in this one."""
     layers: int = 2
     """Layers of the base arm's network."""
-    hidden: int = 128
+    hidden: int = 96
     """Its width."""
     frames: int = 8
     """Frames of a window in pre-training; 16, of which a clip has as many, must be a multiple."""
