@@ -104,6 +104,16 @@ _JOBS = {
     "bench loader": _Job(
         module="jobs.bench.loader", config="BenchLoaderConfig", summary="clip pairs a second against other loaders"
     ),
+    "bench learn prepare": _Job(
+        module="jobs.bench.learn.prepare",
+        config="LearnPrepareConfig",
+        summary="a labelled benchmark from packages of the Python index",
+    ),
+    "bench learn ablations": _Job(
+        module="jobs.bench.learn.ablations",
+        config="LearnAblationsConfig",
+        summary="the paper's ablations on it: a table and a plot",
+    ),
     "submit": _Job(
         module="jobs.submit", config="SubmitConfig", summary="run a job on a cluster: submit JOB --address URL"
     ),
@@ -160,9 +170,12 @@ def run(argv: list[str]) -> int:
 
 
 def _take_name(argv: list[str]) -> tuple[str, list[str]]:
-    """The job's name, which may be two words (bench plan), and what stands behind it."""
+    """The job's name, which may be two or three words (bench plan, bench learn prepare), and what stands behind it."""
     if argv[:1] != ["bench"]:
         return (argv[0] if argv else "--help"), argv[1:]
+    for length in (3, 2):
+        if " ".join(argv[:length]) in _JOBS:
+            return " ".join(argv[:length]), argv[length:]
     is_named = len(argv) > 1 and not argv[1].startswith("-")
     return (f"bench {argv[1]}", argv[2:]) if is_named else ("--help", [])
 
