@@ -20,6 +20,7 @@ from jobs.bench.learn.report import Estimate, estimate
 from jobs.bench.learn.tasks import Counts
 from jobs.bench.learn.train import Budget, keep_part, pretrain, run_arm
 from jobs.config import to_plain
+from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.mlflow_store import open_client
 from models.masking import iid_masks
 from models.tokenizers.vqvae import Vqvae, VqvaeConfig
@@ -122,6 +123,13 @@ def test_pretraining_moves_the_weights_that_none_begins_with(benchmark: Path, tm
     assert "token.weight" not in still and len(still) < 3
     again = pretrain(runs[BASE])  # from its last checkpoint, which is the end
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), moved.parameters(), strict=True))
+
+
+def test_the_longer_arm_takes_more_steps(benchmark: Path, tmp_path: Path) -> None:
+    runs = {one.arm.name: one for one in plan_runs(config_for(benchmark, tmp_path, "longer")) if one.seed == 0}
+    pretrain(runs["longer"])
+    rows = list(read_journal(runs["longer"].folder / JOURNAL_NAME))
+    assert [row["step"] for row in rows] == list(range(1, 4 * BUDGET.steps + 1))
 
 
 def test_the_probes_that_are_asked_for_are_fitted(benchmark: Path, tmp_path: Path) -> None:

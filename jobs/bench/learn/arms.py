@@ -23,6 +23,7 @@ class Arm:
     objective: None for no pre-training at all.
     tokenizer: place of its steps in those that `prepare` trained.
     corpus_share: of the training clips, that pre-training sees.
+    length: of pre-training, in the budget's steps.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Arm:
     objective: VimpacObjectiveConfig | None
     tokenizer: int = 0
     corpus_share: float = 1.0
+    length: int = 1
 
 
 def make_arms(backbone: VimpacConfig, objective: VimpacObjectiveConfig, num_tokenizers: int) -> dict[str, Arm]:
@@ -57,6 +59,7 @@ def make_arms(backbone: VimpacConfig, objective: VimpacObjectiveConfig, num_toke
         replace(base, name="deeper", backbone=replace(backbone, layers=2 * backbone.layers)),
         *(replace(base, name=f"tokenizer-{place}", tokenizer=place) for place in range(1, num_tokenizers)),
         *(replace(base, name=f"corpus-1/{parts}", corpus_share=1 / parts) for parts in CORPUS_SHARES),
+        replace(base, name="longer", length=4),
     ]
     return {arm.name: arm for arm in arms}
 
@@ -68,6 +71,7 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "Size of the network": (BASE, "wider", "deeper"),
     "Quality of the tokenizer": ("tokenizer-1", BASE),
     "Size of the corpus": (NONE, *(f"corpus-1/{parts}" for parts in CORPUS_SHARES), BASE),
+    "Length of pre-training": (NONE, BASE, "longer"),
 }
 """Which arms stand together in the table and in the plot."""
 

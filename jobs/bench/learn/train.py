@@ -44,7 +44,7 @@ class Budget:
     """What an arm may cost."""
 
     steps: int = 400
-    """Optimiser steps of pre-training; every arm takes as many."""
+    """Optimiser steps of pre-training; every arm but `longer` takes as many."""
     batch_size: int = 32
     """Clips of a step."""
     lr: float = 5e-3
@@ -145,9 +145,10 @@ def pretrain(run: ArmRun) -> VimpacBackbone:
         rank=0,
         world_size=1,
     )
+    steps = budget.steps * arm.length
     loop = LoopConfig(
-        steps=budget.steps,
-        save_every_steps=max(1, budget.steps // 2),
+        steps=steps,
+        save_every_steps=max(1, steps // 2),
         picture_every_steps=0,
         precision="bf16",
         seed=run.seed,
