@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +22,8 @@ from jobs.config import to_plain
 from jobs.planning import prediction
 from jobs.planning.estimate import Estimate, draw_videos
 from jobs.planning.fit import find_misfits
-from jobs.planning.prediction import Devices, predict_shard, predict_tokenize
-from jobs.planning.probe import ProbeSettings, Sample, probe_videos
+from jobs.planning.prediction import Devices, StagePrediction, predict_shard, predict_tokenize
+from jobs.planning.probe import ProbeSettings, probe_videos
 from jobs.planning.report import format_plan
 from jobs.planning.spec import ClusterSpec, Nodes, read_spec
 from jobs.planning.videos import read_refs, read_videos
@@ -150,10 +152,11 @@ def run(config: PlanConfig) -> JobResult:
                 order=np.random.default_rng(config.seed).permutation(videos).tolist(),
                 budget_s=config.budget_s,
                 connect_s=connect_s,
+                check_cpus=functools.partial(_slowness, spec, measured),
             )
     probed = np.array(sorted(sample.probed))
     estimate = Estimate(sizes, shards, probed, chances[np.searchsorted(videos, probed)] * len(probed) / len(videos))
-    slowness = _slowness(spec, sample, measured)
+    slowness = _slowness(spec, measured, sample.cpus)
     clips = describe_clips(plan, to_plain(config.settings))
     devices = Devices(num_cpus=spec.num_cpus, cpu_slowness=slowness)
     stages = {"shard": predict_shard(clips.fingerprint, estimate, sample, plan.ledger, devices)}
@@ -171,29 +174,13 @@ def run(config: PlanConfig) -> JobResult:
             sizes_px=_sizes_px(settings),
             batch_frames=settings.batch_frames,
         )
-    wall_s = planning_s + sum(stage.wall_s for stage in stages.values())
     figures = {
         **prediction.to_plain(stages),
         "corpus": {"videos": plan.num_videos, "bytes": plan.num_bytes, "refused": dict(plan.ledger.rejected)},
         "sample": {"videos": len(probed), "drawn": len(videos), "bytes": int(sizes[probed].sum()), "cpus": sample.cpus},
-        "cluster": {"cpus": spec.num_cpus, "gpus": spec.num_gpus, "price_per_hour": spec.price_per_hour},
-        "total": {
-            "planning_s": round(planning_s, 3),
-            "wall_hours": wall_s / 3600,
-            "cost": wall_s / 3600 * spec.price_per_hour,
-        },
-        "warnings": find_misfits(
-            stages,
-            spec,
-            config.recipe,
-            batch_frames=config.batch_frames * len(set(_sizes_px(config.tokenize_settings()))),
-            val_fraction=config.settings.val_fraction,
-        ),
+        **_totals(spec, stages, planning_s),
+        "warnings": _warnings(config, spec, stages, len(videos), len(probed)),
     }
-    if len(probed) < len(videos):
-        figures["warnings"].append(
-            f"{len(probed)} of {len(videos)} drawn videos were measured in budget_s = {config.budget_s:g}; raise --budget-s"
-        )
     if config.save:
         _write(config.save, figures)
     log.info(f"plan of {config.corpus}:\n{format_plan(figures, stages)}")
@@ -209,6 +196,28 @@ def run(config: PlanConfig) -> JobResult:
         elapsed_s=time.monotonic() - started_s,
         figures=figures,
     )
+
+
+def _totals(spec: ClusterSpec, stages: Mapping[str, StagePrediction], planning_s: float) -> dict[str, Any]:
+    hours = (planning_s + sum(stage.wall_s for stage in stages.values())) / 3600
+    return {
+        "cluster": {"cpus": spec.num_cpus, "gpus": spec.num_gpus, "price_per_hour": spec.price_per_hour},
+        "total": {"planning_s": round(planning_s, 3), "wall_hours": hours, "cost": hours * spec.price_per_hour},
+    }
+
+
+def _warnings(
+    config: PlanConfig, spec: ClusterSpec, stages: Mapping[str, StagePrediction], num_drawn: int, num_measured: int
+) -> list[str]:
+    # Frames of each size have batches of their own.
+    batch_frames = config.batch_frames * len(set(_sizes_px(config.tokenize_settings())))
+    found = find_misfits(
+        stages, spec, config.recipe, batch_frames=batch_frames, val_fraction=config.settings.val_fraction
+    )
+    if num_measured < num_drawn:
+        spent = f"budget_s = {config.budget_s:g}"
+        found.append(f"{num_measured} of {num_drawn} drawn videos were measured in {spent}; raise --budget-s")
+    return found
 
 
 def _read_speeds(path: Path | None) -> cost.Measured:
@@ -273,9 +282,9 @@ def _gpu_batch_s(
     return batch_s
 
 
-def _slowness(spec: ClusterSpec, sample: Sample, measured: cost.Measured) -> float:
-    """How many times as long a CPU of the cluster takes, on average, as those of the probe."""
-    here = max(sample.cpus, key=lambda name: sample.cpus[name])
+def _slowness(spec: ClusterSpec, measured: cost.Measured, cpus: Mapping[str, int]) -> float:
+    """How many times as long a CPU of the cluster takes, on average, as those of the probe, `cpus` by their name."""
+    here = max(cpus, key=lambda name: cpus[name])
     speeds = [one.count * one.cpus / cost.cpu_slowness(measured, one.cpu or here, here) for one in spec.nodes]
     return spec.num_cpus / sum(speeds)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -167,10 +167,14 @@ def probe_videos(
     order: Sequence[int],
     budget_s: float,
     connect_s: float,
+    check_cpus: Callable[[dict[str, int]], object],
 ) -> Sample:
     """Probe `videos` in `order` on every CPU of the connected cluster at once, as the stages would have them.
 
     No video is begun after `budget_s` seconds, but the first one of each CPU.
+
+    Args:
+        check_cpus: told how many CPUs there are of each name, before any video is begun; may raise.
     """
     import ray
 
@@ -181,6 +185,7 @@ def probe_videos(
     try:
         names, loads_s = zip(*ray.get([actor.ready.remote() for actor in actors]), strict=True)
         ready_s = time.perf_counter() - begun_s
+        check_cpus(dict(Counter(names)))
         with Progress("plan", "videos", len(order)) as bar:
             probed = {}
             for video, one in _run(actors, videos, order, begun_s + ready_s + budget_s):

@@ -42,7 +42,9 @@ def test_a_cpu_is_compared_by_what_was_measured_on_both() -> None:
 
 
 def test_what_was_not_measured_is_named_with_the_command() -> None:
-    with pytest.raises(ConfigError, match=r"no decoding speed of both 'other' and 'cpu', only of .*bench decode --save"):
+    with pytest.raises(
+        ConfigError, match=r"no decoding speed of both 'other' and 'cpu', only of .*bench decode --save"
+    ):
         cpu_slowness(MEASURED, "other", "cpu")
     for device, tokenizer, precision in (("a", "t", "bf16"), ("gpu", "u", "bf16"), ("gpu", "t", "fp16")):
         with pytest.raises(ConfigError, match=f"no encoding speed of {tokenizer} in {precision} on '{device}'.*--save"):
