@@ -194,7 +194,7 @@ class DataJob:
         result.elapsed_s = time.monotonic() - self._started_s
         compared: dict[str, float] = {}
         if predicted is not None and not self._is_stopped:
-            actual = {"rejected": ledger.rejected.total(), **totals, **figures}
+            actual = {**totals, **figures, "rejected": ledger.rejected.total()}
             if len(self.todo) == self.meta.num_shards:
                 actual["wall_s"] = result.elapsed_s
             compared = result.figures["predicted_over_actual"] = compare(predicted, actual)
