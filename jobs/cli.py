@@ -41,6 +41,7 @@ _JOBS = {
     "manifest": _Job(
         module="jobs.manifest", config="ManifestConfig", summary="UCF101, HMDB51, SSV2, Diving48, Kinetics -> manifest"
     ),
+    "plan": _Job(module="jobs.plan", config="PlanConfig", summary="what a corpus will become, take and cost"),
     "shard": _Job(module="jobs.shard", config="ShardConfig", summary="videos -> clip dataset"),
     "train-tokenizer": _Job(
         module="jobs.train_tokenizer", config="TrainTokenizerConfig", summary="clips -> VQ-VAE tokenizer"

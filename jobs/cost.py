@@ -1,4 +1,4 @@
-"""What tokenizing a corpus will take: measured speeds, kept in a file, and a prediction from them.
+"""Speeds of CPUs and GPUs as they were measured, kept in a file that `tokenreel plan --speeds` predicts from.
 
 The file is JSON, `Measured.to_json`; `tokenreel bench decode --save` and `bench tokenize --save` write into it, each on the
 machines that it speaks of. It needs the standard library alone, so a bare GPU machine can add its figures.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any, TypeVar
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
-SAMPLE_BYTES = 2300
-"""Of a token sample beside its codes: tar headers, padding, KEY.json and its index row (2,250 on the demo's clips)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,102 +116,57 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "") or "CPU"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """Totals of the clips to tokenize. source_frames: frames at the clips' own rates, by the shorter side in pixels."""
+def encode_frame_s(measured: Measured, device: str, *, tokenizer: str, precision: str, size_px: int) -> float:
+    """Seconds that one `device` encodes a frame in.
 
-    clips: int
-    seconds: float
-    source_frames: Mapping[int, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cluster:
-    """Where it will run: CPUs by `cpu_name`, and encoders: GPUs by their name, or none, where the CPUs encode too."""
-
-    cpu: str
-    num_cpus: int
-    gpu: str = ""
-    num_gpus: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """decode_cpu_hours: of one CPU; encode_device_hours: of one GPU, or of one CPU without any. tokenize_hours: of wall-clock
-    time on the cluster. bytes: of the token dataset."""
-
-    frames: int
-    tokens: int
-    decode_cpu_hours: float
-    encode_device_hours: float
-    tokenize_hours: float
-    bytes: int
-
-
-def predict(
-    corpus: Corpus,
-    measured: Measured,
-    cluster: Cluster,
-    *,
-    fps: float,
-    sizes_px: Sequence[int],
-    patch: int,
-    tokenizer: str,
-    precision: str = "fp32",
-) -> Prediction:
-    """Hours and bytes of tokenizing `corpus` at `fps` in views of `sizes_px`.
-
-    Seconds a frame grow linearly with its pixels, that is with the square of the side, between two measured sizes; beyond
-    the smallest or largest they are in proportion to the pixels. GPUs encode while CPUs decode, so the slower of the two counts;
-    without GPUs the CPUs share their time. Ray's start (10 to 20 s), a network slower than the decoders and stages other than
-    tokenize are not in it; videos of a codec harder than those measured take longer.
+    They grow linearly with its pixels, that is with the square of the side, between two measured sizes; beyond the smallest or
+    largest they are in proportion to the pixels.
 
     Args:
-        sizes_px: side of the crop of each view of a clip: (128,) for one view, (128, 128) with mirrored frames.
-        patch: pixels along a side of the square that a token stands for.
         tokenizer, precision: as in `EncodeSpeed`.
 
     Raises:
-        ConfigError: nothing was measured for the CPU, the GPU or the tokenizer; says what, and by which command.
+        ConfigError: nothing was measured for the device and the tokenizer; says what, and by which command.
     """
-    decoding = {one.short_side_px: 1 / one.frames_per_s for one in measured.decode.get(cluster.cpu, [])}
-    if not decoding:
-        raise ConfigError(
-            f"predict: no decoding speed of {cluster.cpu!r}, only of {sorted(measured.decode)}; "
-            "run `tokenreel bench decode --save FILE` on such a machine"
-        )
-    device = cluster.gpu if cluster.num_gpus else cluster.cpu
-    encoding = {
-        one.size_px: (1 if cluster.num_gpus else one.num_threads) / one.frames_per_s
+    seconds = {
+        one.size_px: 1 / one.frames_per_s
         for one in measured.encode.get(device, [])
         if (one.tokenizer, one.precision) == (tokenizer, precision)
     }
-    if not encoding:
+    if not seconds:
         raise ConfigError(
-            f"predict: no encoding speed of {tokenizer} in {precision} on {device!r}; "
-            "run `tokenreel bench tokenize TOKENIZER --save FILE` on such a machine"
+            f"no encoding speed of {tokenizer} in {precision} on {device!r}, only on {sorted(measured.encode)}; run "
+            "`tokenreel bench tokenize --tokenizer TOKENIZER --save FILE` on such a machine, and give the file as --speeds"
         )
-    frames = round(corpus.seconds * fps)
-    tokens = sum(frames * (size_px // patch) ** 2 for size_px in sizes_px)
-    decode_s = corpus.clips * measured.start_s.get(cluster.cpu, 0.0)
-    decode_s += sum(count * _seconds_a_frame(decoding, side) for side, count in corpus.source_frames.items())
-    encode_s = sum(frames * _seconds_a_frame(encoding, size_px) for size_px in sizes_px)
-    if cluster.num_gpus:
-        tokenize_s = max(decode_s / cluster.num_cpus, encode_s / cluster.num_gpus)
-    else:
-        tokenize_s = (decode_s + encode_s) / cluster.num_cpus
-    return Prediction(
-        frames=frames * len(sizes_px),
-        tokens=tokens,
-        decode_cpu_hours=decode_s / 3600,
-        encode_device_hours=encode_s / 3600,
-        tokenize_hours=tokenize_s / 3600,
-        bytes=2 * tokens + SAMPLE_BYTES * corpus.clips * len(sizes_px),
-    )
+    return _seconds_a_frame(seconds, size_px)
+
+
+def cpu_slowness(measured: Measured, cpu: str, reference: str) -> float:
+    """How many times as long `cpu` takes as `reference`: the median over what was measured on both, the start of a clip and
+    decoding at each resolution.
+
+    Raises:
+        ConfigError: nothing was measured on both.
+    """
+    if cpu == reference:
+        return 1.0
+    times = [_times(measured, name) for name in (cpu, reference)]
+    if not (both := times[0].keys() & times[1].keys()):
+        raise ConfigError(
+            f"no decoding speed of both {cpu!r} and {reference!r}, only of {sorted(measured.decode)}; run "
+            "`tokenreel bench decode --save FILE` on such machines, with the same --lines, and give the file as --speeds"
+        )
+    return statistics.median(times[0][name] / times[1][name] for name in both)
+
+
+def _times(measured: Measured, cpu: str) -> dict[int, float]:
+    """Seconds a frame by its shorter side; under 0 those of a start."""
+    times = {one.short_side_px: 1 / one.frames_per_s for one in measured.decode.get(cpu, [])}
+    return {**times, 0: measured.start_s[cpu]} if cpu in measured.start_s else times
 
 
 def _seconds_a_frame(measured: Mapping[int, float], side_px: int) -> float:
-    """Of a frame of `side_px`, from seconds by side; see `predict` for the rules."""
+    """Of a frame of `side_px`, from seconds by side; see `encode_frame_s` for the rules."""
     sides = sorted(measured)
     if not sides[0] < side_px < sides[-1]:
         nearest = sides[0] if side_px <= sides[0] else sides[-1]

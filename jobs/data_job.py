@@ -14,6 +14,7 @@ from jobs.config import CONFIG_NAME, to_plain, to_text
 from jobs.folder import work_folder
 from jobs.gauges import JobMetrics
 from jobs.journal import Journal
+from jobs.planning.prediction import StagePrediction, compare
 from jobs.progress import Progress
 from jobs.result import JobResult, Status, result_of_books
 from jobs.tracking import DatasetInput, Tracker
@@ -166,8 +167,13 @@ class DataJob:
 
             yield on_shard
 
-    def finish(self, **figures: Any) -> JobResult:
+    def finish(self, predicted: StagePrediction | None = None, **figures: Any) -> JobResult:
         """Check the books, write the totals, end the MLflow run. A stopped job reports what it came to.
+
+        Args:
+            predicted: what a plan said; predicted over actual is reported as `predicted_over_actual`, its time only where
+                this process made every shard.
+            figures: further ones for the result.
 
         Raises:
             DatasetError: the books do not balance.
@@ -186,7 +192,14 @@ class DataJob:
         result = result_of_books(self._job, self.out.url, ledger, status, **shown)
         result.fingerprint = self.meta.fingerprint
         result.elapsed_s = time.monotonic() - self._started_s
+        compared: dict[str, float] = {}
+        if predicted is not None and not self._is_stopped:
+            actual = {**totals, **figures, "rejected": ledger.rejected.total()}
+            if len(self.todo) == self.meta.num_shards:
+                actual["wall_s"] = result.elapsed_s
+            compared = result.figures["predicted_over_actual"] = compare(predicted, actual)
         summary = {f"total_{name}": float(value) for name, value in shown.items() if isinstance(value, int | float)}
+        summary |= {f"predicted_over_actual/{name}": ratio for name, ratio in compared.items()}
         with contextlib.ExitStack() as stack:
             self._tracker.finish("FAILED" if self._is_stopped else "FINISHED", summary, self._documents(stack))
             self._tracker.close()

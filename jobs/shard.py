@@ -14,6 +14,7 @@ from jobs.cluster import connect
 from jobs.config import to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
+from jobs.planning.prediction import read_prediction
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
 from pipeline.errors import TransientIO
@@ -43,6 +44,8 @@ class ShardConfig:
     read."""
     settings: Annotated[ShardSettings, tyro.conf.arg(name="")] = field(default_factory=ShardSettings)
     rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
+    plan: Path | None = None
+    """What `tokenreel plan --save` wrote for this very command: predicted over actual goes to the result and to MLflow."""
 
 
 def run(config: ShardConfig) -> JobResult:
@@ -76,6 +79,7 @@ def _run(config: ShardConfig, out: Store, scratch: Path) -> JobResult:
         totals={"videos": plan.num_videos, "bytes": plan.num_bytes},
     )
     meta = describe_clips(plan, to_plain(config.settings))
+    predicted = read_prediction(config.plan, "shard", meta.fingerprint) if config.plan else None
     with DataJob.open(
         "shard", out, meta, config, [corpus], policy=config.rejects, plan_books=plan.ledger, plan=plan.path,
         plan_rejects=plan.rejects, name_changes=name_changes,
@@ -86,4 +90,4 @@ def _run(config: ShardConfig, out: Store, scratch: Path) -> JobResult:
             with connect(), job.progress() as on_shard:
                 items = read_plan_shards(plan.path, job.todo)
                 run_shard(root, out, job.meta, config.settings, items, config.rejects.retry_rejects, on_shard)
-        return job.finish(planned_videos=plan.num_videos)
+        return job.finish(predicted, planned_videos=plan.num_videos)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +17,11 @@ from jobs.config import to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.frame_encoder import FrameEncoder
+from jobs.planning.prediction import read_prediction
 from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.tracking import DatasetInput
-from models.tokenizers.base import load_tokenizer
+from models.tokenizers.base import Tokenizer, load_tokenizer
 from pipeline.dataset import committed_shards, note_parent, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.quality import keep_mask
@@ -51,6 +53,8 @@ class TokenizeConfig:
     """Encoders: one GPU each or, where there is none, one thread each; 0 takes every GPU, or as many as there are CPUs. Those
     share the CPUs with decoding, which gives way to them."""
     rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
+    plan: Path | None = None
+    """What `tokenreel plan --save` wrote for this very command: predicted over actual goes to the result and to MLflow."""
 
     def __post_init__(self) -> None:
         if self.num_encoders < 0:
@@ -62,15 +66,9 @@ def run(config: TokenizeConfig) -> JobResult:
     clips = read_meta(source, kind="clips", complete=True)
     folder = find_tokenizer(config.tokenizer)
     tokenizer = load_tokenizer(folder)
-    for size_px in (config.settings.frames.size_px, *config.settings.views.more_sizes_px):
-        if size_px % tokenizer.patch:
-            raise ConfigError(f"a crop of {size_px} px is no multiple of the tokenizer's patch of {tokenizer.patch} px")
-    identity: dict[str, Any] = {
-        "fingerprint": tokenizer.fingerprint(),
-        "codebook_size": tokenizer.codebook_size,
-        "patch": tokenizer.patch,
-    }
+    identity = identify_tokenizer(tokenizer, [view.crop.size_px for view in config.settings.all_views()])
     meta = describe_tokens(clips, to_plain(config.settings), identity)
+    predicted = read_prediction(config.plan, "tokenize", meta.fingerprint) if config.plan else None
     if config.settings.keep.given():  # a threshold on clips that were never scored would filter all of them
         keep_mask(read_index(source, [f"score_{name}" for name in SCORES]), config.settings.keep)
     note_parent(meta, out, source)
@@ -101,7 +99,7 @@ def run(config: TokenizeConfig) -> JobResult:
                 use = run_tokenize(
                     source, out, job.meta, config.settings, make_encode, job.todo, on_shard, num_encoders, resources
                 )
-        return job.finish(**_figures(job, tokenizer.codebook_size, use))
+        return job.finish(predicted, **_figures(job, tokenizer.codebook_size, use))
 
 
 def _figures(job: DataJob, codebook_size: int, use: EncoderUse) -> dict[str, float]:
@@ -129,6 +127,22 @@ def find_tokenizer(folder: Path) -> Path:
     raise ConfigError(
         f"--tokenizer {folder}: no tokenizer there; give the folder that `tokenreel train-tokenizer` or `tokenreel import-dvae` wrote"
     )
+
+
+def identify_tokenizer(tokenizer: Tokenizer, sizes_px: Iterable[int]) -> dict[str, Any]:
+    """What `describe_tokens` must know of a tokenizer that encodes frames of these sides.
+
+    Raises:
+        ConfigError: it cannot encode one of them.
+    """
+    for size_px in sizes_px:
+        if size_px % tokenizer.patch:
+            raise ConfigError(f"a crop of {size_px} px is no multiple of the tokenizer's patch of {tokenizer.patch} px")
+    return {
+        "fingerprint": tokenizer.fingerprint(),
+        "codebook_size": tokenizer.codebook_size,
+        "patch": tokenizer.patch,
+    }
 
 
 def place_encoders(wanted: int) -> tuple[int, dict[str, float]]:

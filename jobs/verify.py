@@ -203,7 +203,8 @@ def _rebuild(store: Store) -> None:
         "embeddings": (embed.EmbedConfig, embed.run),
     }
     kind, run_job = jobs[read_meta(store).kind]
-    run_job(replace(from_plain(_read_config(store), kind, store.where(CONFIG_NAME)), out=store.url))
+    plain = {name: value for name, value in _read_config(store).items() if name != "plan"}  # its file may be gone
+    run_job(replace(from_plain(plain, kind, store.where(CONFIG_NAME)), out=store.url))
 
 
 def _read_config(store: Store) -> dict[str, Any]:

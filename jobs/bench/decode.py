@@ -55,7 +55,7 @@ class BenchDecodeConfig:
     repeats: int = 5
     """Times that each means runs, after one that is not counted."""
     save: Path | None = None
-    """File of measured speeds to write exact decoding's into, by resolution; `jobs/cost.py` predicts from it."""
+    """File of measured speeds to write exact decoding's into, by resolution; `tokenreel plan --speeds` predicts from it."""
 
     def __post_init__(self) -> None:
         FrameConfig(fps=self.fps, size_px=self.size_px)

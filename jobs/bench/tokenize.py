@@ -61,7 +61,7 @@ class BenchTokenizeConfig:
     published: bool = False
     """Time the published package DALL-E 0.1 too, with the same weights; only for a dVAE."""
     save: Path | None = None
-    """File of measured speeds to write these into, by device; `jobs/cost.py` predicts from it."""
+    """File of measured speeds to write these into, by device; `tokenreel plan --speeds` predicts from it."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "batch_frames", "repeats"):

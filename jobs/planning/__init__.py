@@ -1,0 +1,1 @@
+"""What a corpus will take, predicted from a sample of it that went through the stages' own code."""
