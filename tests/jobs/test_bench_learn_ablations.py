@@ -16,7 +16,7 @@ from jobs.bench.learn import digits, prepare
 from jobs.bench.learn.ablations import LearnAblationsConfig, plan_runs, run
 from jobs.bench.learn.arms import BASE, TABLES, make_arms, mean_block_share
 from jobs.bench.learn.measure import draw_share, read_task
-from jobs.bench.learn.report import Estimate, estimate
+from jobs.bench.learn.report import Estimate, estimate, write_table
 from jobs.bench.learn.tasks import Counts
 from jobs.bench.learn.train import Budget, keep_part, pretrain, run_arm
 from jobs.config import to_plain
@@ -166,6 +166,26 @@ def test_a_table_and_a_plot_and_more_arms_later(
     assert len(runs) == 5 and set(parents) == {None, second.mlflow_run_id}
     with pytest.raises(ConfigError, match="made with other settings"):
         run(dataclasses.replace(config_for(benchmark, tmp_path, "none"), budget=dataclasses.replace(BUDGET, steps=3)))
+
+
+def test_what_lies_above_no_pretraining_is_bold(tmp_path: Path) -> None:
+    row = {"task": "t", "method": "linear", "share": 1.0}
+    results = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "rows": [{**row, "accuracy": accuracy + 0.01 * seed}],
+            **dict.fromkeys(("pretrain_s", "measure_s", "masked_token_accuracy")),
+        }
+        for arm, accuracy in (("none", 0.5), ("masked", 0.8), ("iid", 0.52))
+        for seed in range(3)
+    ]
+    page = {"tasks": {"t": {}}, "baselines": {"t": {"chance": 0.5}}}
+    write_table(tmp_path / "results.md", page, results)
+    table = (tmp_path / "results.md").read_text()
+    assert (
+        "| masked | **81.0 ± 2.5** |" in table and "| iid | 53.0 ± 2.5 |" in table and "| none | 51.0 ± 2.5 |" in table
+    )
 
 
 def test_unknown_arms_are_refused(benchmark: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def write_table(path: Path, benchmark: Mapping[str, Any], results: Sequence[Mapp
     lines = [
         "# Results of `tokenreel bench learn ablations`",
         "",
-        "Accuracy on test in %, mean over seeds ± half of its 95 % interval.",
+        f"Accuracy on test in %, mean over seeds ± half of its 95 % interval; **bold** where that lies wholly above `{NONE}`'s.",
         "",
     ]
     lines += _rows("Baselines on pixels", tasks, {
@@ -76,7 +76,7 @@ def write_table(path: Path, benchmark: Mapping[str, Any], results: Sequence[Mapp
     arms = list(dict.fromkeys(result["arm"] for result in results))
     for method, share in sorted({key[2:] for key in estimates}):
         cells = {
-            arm: [str(estimates.get((arm, task, method, share), "")) for task in tasks]
+            arm: [_cell(estimates, (arm, task, method, share)) for task in tasks]
             for arm in arms
             if any((arm, task, method, share) in estimates for task in tasks)
         }
@@ -94,6 +94,13 @@ def write_table(path: Path, benchmark: Mapping[str, Any], results: Sequence[Mapp
             f"| {result['arm']} | {result['seed']} | {result['pretrain_s']} | {result['measure_s']} | {shown} |"
         )
     path.write_text("\n".join(lines) + "\n")
+
+
+def _cell(estimates: Mapping[Key, Estimate], key: Key) -> str:
+    if key not in estimates:
+        return ""
+    none = estimates.get((NONE, *key[1:]))
+    return f"**{estimates[key]}**" if none and estimates[key].is_above(none) else str(estimates[key])
 
 
 def _rows(heading: str, columns: Sequence[str], cells: Mapping[str, Sequence[str]]) -> list[str]:
