@@ -1,5 +1,5 @@
 """Three hosts with addresses of their own (network namespaces on one bridge) and a shared folder: a head and two that work, one
-of which is cut off from the network. Nothing is lost, and nothing is there twice."""
+of which is cut off from the network in each stage. Nothing is lost, and nothing is there twice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from typing import Any
 
 import pytest
 
+from jobs.checkpoint import list_checkpoints, read_cursor
+from jobs.config import save_config
+from jobs.journal import read_journal
+from jobs.training import WorkersConfig
+from tests.e2e.training import make_config, make_tokens
 from tests.faults.cases import check_same
 from tests.faults.conftest import Unbroken
 
@@ -200,10 +205,10 @@ class Job:
         return result
 
 
-def test_a_host_is_cut_off_from_shard(
-    only_in_make_faults: None, hosts: Hosts, unbroken: Unbroken, tmp_path: Path
+@pytest.mark.parametrize("mode", ["transcode", "tokens-of-copy"])
+def test_a_host_is_cut_off_from_a_data_job(
+    only_in_make_faults: None, hosts: Hosts, unbroken: Unbroken, tmp_path: Path, mode: str
 ) -> None:
-    mode = "transcode"
     whole, out = unbroken[mode], tmp_path / "out"
     began = time.monotonic()
     job = Job(hosts, unbroken.words(mode, out), tmp_path)
@@ -214,3 +219,34 @@ def test_a_host_is_cut_off_from_shard(
     check_same(out, whole)
     hosts.join(3)
     check_same(out, whole)  # what still ran on the cut-off host has changed nothing since
+
+
+def test_a_host_is_cut_off_from_a_training_run(only_in_make_faults: None, hosts: Hosts, tmp_path: Path) -> None:
+    steps, tokens = 150, make_tokens(tmp_path / "tokens")
+    elastic = WorkersConfig(num_workers=4, min_workers=2)
+    config = make_config(tokens, tmp_path / "run", elastic, layers=8, steps=steps, save_every_steps=20)
+    journal = config.out / "metrics.jsonl"
+    began = time.monotonic()
+    words = ("pretrain", "debug", "--config", save_config(tmp_path / "config", config))
+    job = Job(hosts, words, tmp_path)
+    job.wait_for("a checkpoint of four workers", lambda: list_checkpoints(config.out) and _steps(journal, 4))
+    hosts.cut(3)
+    reached = _steps(journal, 4)[-1]
+    result = job.end()
+    print(f"pretrain: {time.monotonic() - began:.0f} s, a host cut off after step {reached}")
+    assert result["committed"] == steps
+    rows = list(read_journal(journal))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing, or there twice"
+    assert _steps(journal, 2)[-1] == steps
+    hosts.join(3)
+
+    alone = make_config(
+        tokens, tmp_path / "alone", WorkersConfig(num_workers=2), layers=8, steps=steps, save_every_steps=20
+    )
+    Job(hosts, ("pretrain", "debug", "--config", save_config(tmp_path / "config-alone", alone)), tmp_path).end()
+    digests = [read_cursor(list_checkpoints(one.out)[-1]).keys_digest for one in (config, alone)]
+    assert digests[0] == digests[1] == result["keys_digest"], "other samples, or another order"
+
+
+def _steps(journal: Path, num_workers: int) -> list[int]:
+    return [row["step"] for row in read_journal(journal) if row["num_workers"] == num_workers]
