@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from jobs.checkpoint import list_checkpoints, read_cursor
@@ -23,8 +24,9 @@ from jobs.config import save_config
 from jobs.journal import read_journal
 from jobs.training import WorkersConfig
 from tests.e2e.training import make_config, make_tokens
-from tests.faults.cases import check_same
+from tests.faults.cases import check_same, check_subset
 from tests.faults.conftest import Unbroken
+from tests.faults.kills import TITLES
 
 _NET = "10.231.77"
 _ENV = {
@@ -70,6 +72,14 @@ class Hosts:
     def cut(self, host: int) -> None:
         """Nothing reaches the host or leaves it any more; its processes and its view of the shared folder stay."""
         _ip("link", "set", f"{self._tag}h{host}", "down")
+
+    def work_of(self, host: int) -> list[str]:
+        """What Ray calls the processes of a host that hold a shard or decode now."""
+        titles = []
+        for pid in _ip("netns", "pids", f"{self._tag}n{host}").split():
+            with contextlib.suppress(psutil.Error):
+                titles.append(psutil.Process(int(pid)).cmdline()[0].strip())
+        return sorted(title for title in titles if any(name in title for name in TITLES.values()))
 
     def popen(self, host: int, words: list[object], log: Path, **env: str) -> subprocess.Popen[bytes]:
         """A Python program on a host."""
@@ -213,16 +223,23 @@ def test_a_host_is_cut_off_from_a_data_job(
     began = time.monotonic()
     job = Job(hosts, unbroken.words(mode, out), tmp_path)
     job.wait_for("a shard", lambda: any((out / "index").glob("[!.]*.parquet")))
+    job.wait_for("work on the host that is cut off", lambda: hosts.work_of(3))
+    work = hosts.work_of(3)
     hosts.cut(3)
+    cut_s = time.monotonic()
+    left = check_subset(out, whole)
     job.end()
-    print(f"{mode}: {time.monotonic() - began:.0f} s, a host cut off after the first shard")
+    print(
+        f"{mode}: a host cut off {cut_s - began:.0f} s after the start, with {left} shards done and while it ran {work}; "
+        f"done {time.monotonic() - cut_s:.0f} s later"
+    )
     check_same(out, whole)
     hosts.join(3)
     check_same(out, whole)  # what still ran on the cut-off host has changed nothing since
 
 
 def test_a_host_is_cut_off_from_a_training_run(only_in_make_faults: None, hosts: Hosts, tmp_path: Path) -> None:
-    steps, tokens = 150, make_tokens(tmp_path / "tokens")
+    steps, tokens = 80, make_tokens(tmp_path / "tokens")
     elastic = WorkersConfig(num_workers=4, min_workers=2)
     config = make_config(tokens, tmp_path / "run", elastic, layers=8, steps=steps, save_every_steps=20)
     journal = config.out / "metrics.jsonl"
@@ -231,9 +248,14 @@ def test_a_host_is_cut_off_from_a_training_run(only_in_make_faults: None, hosts:
     job = Job(hosts, words, tmp_path)
     job.wait_for("a checkpoint of four workers", lambda: list_checkpoints(config.out) and _steps(journal, 4))
     hosts.cut(3)
-    reached = _steps(journal, 4)[-1]
+    reached, cut_s = _steps(journal, 4)[-1], time.monotonic()
+    job.wait_for("a step of two workers", lambda: _steps(journal, 2))
+    again_s = time.monotonic()
     result = job.end()
-    print(f"pretrain: {time.monotonic() - began:.0f} s, a host cut off after step {reached}")
+    print(
+        f"pretrain: a host cut off {cut_s - began:.0f} s after the start, after step {reached}; two workers go on after step "
+        f"{_steps(journal, 2)[0] - 1} {again_s - cut_s:.0f} s later"
+    )
     assert result["committed"] == steps
     rows = list(read_journal(journal))
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing, or there twice"
