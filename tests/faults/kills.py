@@ -33,8 +33,11 @@ class Nodes:
     whatever note is there when it stops. It gets a folder of its own, so that nobody else's job joins what is killed here.
     """
 
-    def __init__(self, folder: Path, *, num_cpus: int = 2, steady_cpus: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, num_cpus: int = 2, steady_cpus: int = 0, include_dashboard: bool = False
+    ) -> None:
         self._folder, self._num_cpus, self._steady_cpus = folder, num_cpus, steady_cpus
+        self._head_args = {"num_cpus": 0, "include_dashboard": include_dashboard}
         self._cluster: Any = None
         self._worker: Any = None
 
@@ -50,8 +53,7 @@ class Nodes:
 
         with self._own_folder():
             if self._cluster is None:
-                head = {"num_cpus": 0, "include_dashboard": False}
-                self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+                self._cluster = Cluster(initialize_head=True, head_node_args=self._head_args, shutdown_at_exit=False)
                 if self._steady_cpus:
                     self._cluster.add_node(num_cpus=self._steady_cpus)
             if self._worker is None:
@@ -64,8 +66,10 @@ class Nodes:
         for place, node in zip(("head", "node"), self._cluster.list_all_nodes(), strict=False):
             if node is not self._worker:
                 found |= {f"{place} {name}": infos[0].process.pid for name, infos in node.all_processes.items()}
-                raylet = psutil.Process(found[f"{place} raylet"])
-                found |= {f"{place} {one.name()}": one.pid for one in raylet.children() if "Agent" in one.name()}
+                agents = [one for one in psutil.Process(found[f"{place} raylet"]).children() if "Agent" in one.name()]
+                if dashboard := found.get(f"{place} dashboard"):
+                    agents += psutil.Process(dashboard).children(recursive=True)
+                found |= {f"{place} {one.cmdline()[0].split()[0]}": one.pid for one in agents}
         return found
 
     def kill_raylet(self) -> None:
