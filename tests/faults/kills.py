@@ -69,7 +69,7 @@ class Nodes:
                 agents = [one for one in psutil.Process(found[f"{place} raylet"]).children() if "Agent" in one.name()]
                 if dashboard := found.get(f"{place} dashboard"):
                     agents += psutil.Process(dashboard).children(recursive=True)
-                found |= {f"{place} {one.cmdline()[0].split()[0]}": one.pid for one in agents}
+                found |= {f"{place} {Path(one.cmdline()[0].split()[0]).name}": one.pid for one in agents}
         return found
 
     def kill_raylet(self) -> None:

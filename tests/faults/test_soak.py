@@ -210,7 +210,7 @@ def growth(values: Sequence[float]) -> float:
 
 _COUNTS = ("Ray objects", "detached actors", "actors of jobs", "processes")
 _MAY_GROW_A_ROUND = {
-    # Ray's, which remember each job, node, actor and task up to limits that days reach and not hours.
+    # Ray's, which remember jobs, nodes, actors and tasks that are gone.
     "MiB head gcs_server": 1.5,
     "MiB head raylet": 1.5,
     "MiB head ray::DashboardAgent": 1.5,
