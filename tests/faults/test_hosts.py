@@ -239,7 +239,7 @@ def test_a_host_is_cut_off_from_a_data_job(
 
 
 def test_a_host_is_cut_off_from_a_training_run(only_in_make_faults: None, hosts: Hosts, tmp_path: Path) -> None:
-    steps, tokens = 80, make_tokens(tmp_path / "tokens")
+    steps, tokens = 150, make_tokens(tmp_path / "tokens")
     elastic = WorkersConfig(num_workers=4, min_workers=2)
     config = make_config(tokens, tmp_path / "run", elastic, layers=8, steps=steps, save_every_steps=20)
     journal = config.out / "metrics.jsonl"
