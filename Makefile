@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= demo
 
-.PHONY: setup demo test lint types faults bench golden ui clean
+.PHONY: setup demo test lint types faults soak bench golden ui clean
 
 setup: $(READY)
 
@@ -40,6 +40,12 @@ SEED ?= 0
 
 faults: setup
 	$(BIN)/python -m pytest tests/faults -s --timeout=600 --fault-runs $(RUNS) --fault-seed $(SEED)
+
+# The stages in a loop with random kills: memory, file handles, disk and Ray's objects must not grow. The rounds go to soak.jsonl.
+MINUTES ?= 60
+
+soak: setup
+	$(BIN)/python -m pytest tests/faults/test_soak.py -s --timeout=0 --soak-minutes $(MINUTES) --fault-seed $(SEED)
 
 # What docs/benchmarks.md says of the data stages and of a training step, measured here.
 bench: setup

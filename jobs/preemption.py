@@ -9,6 +9,8 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
+from jobs.network import use_node_interface
+
 _told = threading.Event()
 
 
@@ -19,7 +21,8 @@ def should_stop() -> bool:
 
 
 class PreemptibleTorchConfig(TorchConfig):
-    """PyTorch workers whose SIGTERM is a request: they note it, and the loop ends at the next step."""
+    """PyTorch workers that meet on the network that Ray uses, and whose SIGTERM is a request: they note it, and the loop ends
+    at the next step."""
 
     @property
     def backend_cls(self) -> type[Any]:
@@ -27,6 +30,10 @@ class PreemptibleTorchConfig(TorchConfig):
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # a property that mypy takes for a value
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(use_node_interface)
+        super().on_start(worker_group, backend_config)
+
     def on_training_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         super().on_training_start(worker_group, backend_config)
         # The main thread alone may set handlers, and Ray Train runs the training function in another.

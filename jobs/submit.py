@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _CODE = ("jobs", "models", "pipeline")
 _POLL_S = 1.0
 _STOP_S = 60.0
+_AGENT_S = 120.0
+"""How long a cluster may take from answering to having a node that takes jobs; it has just been started, or is busy."""
 _TAIL_CHARS = 1 << 16
 
 
@@ -245,12 +247,14 @@ def _submit(client: Any, config: SubmitConfig, submission: Submission, newest: A
             "tokenreel.attempt": str(attempt),
         }
         try:
-            client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=submission_id,
-                runtime_env=runtime_env,
-                metadata=metadata,
-                entrypoint_num_cpus=config.num_cpus or None,
+            _wait_for_agent(
+                lambda: client.submit_job(
+                    entrypoint=submission.entrypoint,
+                    submission_id=submission_id,
+                    runtime_env=runtime_env,
+                    metadata=metadata,
+                    entrypoint_num_cpus=config.num_cpus or None,
+                )
             )
         except RuntimeError as error:
             if "already exists" not in str(error):
@@ -259,6 +263,20 @@ def _submit(client: Any, config: SubmitConfig, submission: Submission, newest: A
             _is_same_job(info, submission)
             return info
     return client.get_job_info(submission_id)
+
+
+def _wait_for_agent(submit: Callable[[], object], within_s: float = _AGENT_S) -> None:
+    """Submit, and again for so long as the job server has no node's agent that takes jobs: it asks to try later."""
+    deadline_s = time.monotonic() + within_s
+    while True:
+        try:
+            submit()
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                raise
+        log.info("submit: no node takes jobs yet; trying again")
+        time.sleep(_POLL_S / 4)
 
 
 async def _follow(client: Any, submission_id: str) -> str:

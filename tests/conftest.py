@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.json anew instead of comparing")
     parser.addoption("--fault-seed", type=int, default=0, help="of the first run of each kind in tests/faults")
     parser.addoption("--fault-runs", type=int, default=0, help="kill runs in tests/faults; 0: a quick share")
+    parser.addoption("--soak-minutes", type=float, default=0, help="of tests/faults/test_soak.py; 0: it is skipped")
 
 
 @pytest.fixture(scope="session", autouse=True)

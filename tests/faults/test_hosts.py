@@ -1,5 +1,5 @@
 """Three hosts with addresses of their own (network namespaces on one bridge) and a shared folder: a head and two that work, one
-of which is cut off from the network. Nothing is lost, and nothing is there twice."""
+of which is cut off from the network in each stage. Nothing is lost, and nothing is there twice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.faults.cases import check_same
+from jobs.checkpoint import list_checkpoints, read_cursor
+from jobs.config import save_config
+from jobs.journal import read_journal
+from jobs.training import WorkersConfig
+from tests.e2e.training import make_config, make_tokens
+from tests.faults.cases import check_same, check_subset
 from tests.faults.conftest import Unbroken
+from tests.faults.kills import TITLES
 
 _NET = "10.231.77"
 _ENV = {
@@ -65,6 +72,14 @@ class Hosts:
     def cut(self, host: int) -> None:
         """Nothing reaches the host or leaves it any more; its processes and its view of the shared folder stay."""
         _ip("link", "set", f"{self._tag}h{host}", "down")
+
+    def work_of(self, host: int) -> list[str]:
+        """What Ray calls the processes of a host that hold a shard or decode now."""
+        titles = []
+        for pid in _ip("netns", "pids", f"{self._tag}n{host}").split():
+            with contextlib.suppress(psutil.Error):
+                titles.append(psutil.Process(int(pid)).cmdline()[0].strip())
+        return sorted(title for title in titles if any(name in title for name in TITLES.values()))
 
     def popen(self, host: int, words: list[object], log: Path, **env: str) -> subprocess.Popen[bytes]:
         """A Python program on a host."""
@@ -200,17 +215,60 @@ class Job:
         return result
 
 
-def test_a_host_is_cut_off_from_shard(
-    only_in_make_faults: None, hosts: Hosts, unbroken: Unbroken, tmp_path: Path
+@pytest.mark.parametrize("mode", ["transcode", "tokens-of-copy"])
+def test_a_host_is_cut_off_from_a_data_job(
+    only_in_make_faults: None, hosts: Hosts, unbroken: Unbroken, tmp_path: Path, mode: str
 ) -> None:
-    mode = "transcode"
     whole, out = unbroken[mode], tmp_path / "out"
     began = time.monotonic()
     job = Job(hosts, unbroken.words(mode, out), tmp_path)
     job.wait_for("a shard", lambda: any((out / "index").glob("[!.]*.parquet")))
+    job.wait_for("work on the host that is cut off", lambda: hosts.work_of(3))
+    work = hosts.work_of(3)
     hosts.cut(3)
+    cut_s = time.monotonic()
+    left = check_subset(out, whole)
     job.end()
-    print(f"{mode}: {time.monotonic() - began:.0f} s, a host cut off after the first shard")
+    print(
+        f"{mode}: a host cut off {cut_s - began:.0f} s after the start, with {left} shards done and while it ran {work}; "
+        f"done {time.monotonic() - cut_s:.0f} s later"
+    )
     check_same(out, whole)
     hosts.join(3)
     check_same(out, whole)  # what still ran on the cut-off host has changed nothing since
+
+
+def test_a_host_is_cut_off_from_a_training_run(only_in_make_faults: None, hosts: Hosts, tmp_path: Path) -> None:
+    steps, tokens = 150, make_tokens(tmp_path / "tokens")
+    elastic = WorkersConfig(num_workers=4, min_workers=2)
+    config = make_config(tokens, tmp_path / "run", elastic, layers=8, steps=steps, save_every_steps=20)
+    journal = config.out / "metrics.jsonl"
+    began = time.monotonic()
+    words = ("pretrain", "debug", "--config", save_config(tmp_path / "config", config))
+    job = Job(hosts, words, tmp_path)
+    job.wait_for("a checkpoint of four workers", lambda: list_checkpoints(config.out) and _steps(journal, 4))
+    hosts.cut(3)
+    reached, cut_s = _steps(journal, 4)[-1], time.monotonic()
+    job.wait_for("a step of two workers", lambda: _steps(journal, 2))
+    again_s = time.monotonic()
+    result = job.end()
+    print(
+        f"pretrain: a host cut off {cut_s - began:.0f} s after the start, after step {reached}; two workers go on after step "
+        f"{_steps(journal, 2)[0] - 1} {again_s - cut_s:.0f} s later"
+    )
+    assert result["committed"] == steps
+    rows = list(read_journal(journal))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing, or there twice"
+    assert _steps(journal, 2)[-1] == steps
+    hosts.join(3)
+
+    alone = make_config(
+        tokens, tmp_path / "alone", WorkersConfig(num_workers=2), layers=8, steps=steps, save_every_steps=20
+    )
+    Job(hosts, ("pretrain", "debug", "--config", save_config(tmp_path / "config-alone", alone)), tmp_path).end()
+    digests = [read_cursor(list_checkpoints(one.out)[-1]).keys_digest for one in (config, alone)]
+    assert digests[0] == digests[1] == result["keys_digest"], "other samples, or another order"
+
+
+def _steps(journal: Path, num_workers: int) -> list[int]:
+    return [row["step"] for row in read_journal(journal) if row["num_workers"] == num_workers]

@@ -1,120 +1,19 @@
-"""kill -9 of the driver, of a worker at work (one that holds a shard; an encoder, a decoder), of a node's raylet and of the
-head, at seeded points; then the same command again. The dataset is the unbroken run's, byte for byte."""
+"""kill -9 of the driver, of a worker at work, of a node's raylet and of the head, at seeded points; then the same command again.
+The dataset is the unbroken run's, byte for byte."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
-from tests.faults.cases import STAGES, check_no_ffmpeg_left, check_same, check_subset
+from tests.faults.cases import STAGES, check_subset
 from tests.faults.command import Command, run
 from tests.faults.conftest import Unbroken
-from tests.faults.points import DRIVER_POINTS, SHARD_POINTS, Watch
-
-_TITLES = {"worker": "_shard_task", "encoder": "_Encoder", "decoder": "_decode_task"}
-"""Kind to what Ray calls the processes of its workers while they are at that."""
-_LONGEST_WAIT_S = {"shard": (8.0, 8.0), "tokenize": (6.0, 1.0)}
-"""Stage to how long a random time is at most: the driver's from the job's first point on, and others' from the first tar on."""
-
-
-class Nodes:
-    """A cluster of our own: a head without CPUs, on which the driver lives, and a node that works.
-
-    `ray.cluster_utils` notes its address in Ray's folder, where every `ray.init()` on this machine finds it, and deletes
-    whatever note is there when it stops. It gets a folder of its own, so that nobody else's job joins what is killed here.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._cluster: Any = None
-        self._worker: Any = None
-
-    @contextlib.contextmanager
-    def _own_folder(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAY_TMPDIR", str(self._folder))
-            yield
-
-    def ready(self) -> str:
-        """The address, with both nodes alive."""
-        from ray.cluster_utils import Cluster
-
-        with self._own_folder():
-            if self._cluster is None:
-                head = {"num_cpus": 0, "include_dashboard": False}
-                self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
-            if self._worker is None:
-                self._worker = self._cluster.add_node(num_cpus=2)
-        return str(self._cluster.address)
-
-    def kill_raylet(self) -> None:
-        """Kill the raylet of the node that works."""
-        _kill(self._worker, "raylet")
-
-    def replace_worker(self) -> None:
-        with self._own_folder():
-            self._cluster.remove_node(self._worker, allow_graceful=False)
-            self._worker = self._cluster.add_node(num_cpus=2)
-
-    def kill_head(self) -> None:
-        """Kill what the head consists of."""
-        _kill(self._cluster.head_node, "gcs_server")
-        _kill(self._cluster.head_node, "raylet")
-
-    def stop(self) -> None:
-        if self._cluster is not None:
-            with self._own_folder(), contextlib.suppress(Exception):  # half of it is dead
-                self._cluster.shutdown()
-            self._cluster = self._worker = None
-
-
-def _kill_a_worker(kind: str, out: Path, draw: random.Random, command: Command) -> bool:
-    """Kill a worker that is at it: a decoder, or who has a shard of `out` in the making; False where all is done.
-
-    It is stopped before it is looked at, so that it is killed in the state in which it was seen.
-    """
-    while command.is_running:
-        for worker in draw.sample(workers := _workers(kind), len(workers)):
-            with contextlib.suppress(psutil.Error):
-                worker.suspend()
-                if _is_at_work(worker, kind, out):
-                    worker.kill()
-                    return True
-                worker.resume()
-        time.sleep(0.005)
-    return False
-
-
-def _is_at_work(worker: psutil.Process, kind: str, out: Path) -> bool:
-    if kind == "decoder":
-        return _TITLES[kind] in " ".join(worker.cmdline())
-    return any(Path(file.path).is_relative_to(out / "shards") for file in worker.open_files())
-
-
-def _workers(kind: str) -> list[psutil.Process]:
-    """Ray's workers of this session that are at such work; not what they have just forked to become ffmpeg."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            parent = process.parent()
-            if _TITLES[kind] in " ".join(process.cmdline()) and parent is not None and parent.name() == "raylet":
-                found.append(process)
-    return found
-
-
-def _kill(node: Any, name: str) -> None:
-    for info in node.all_processes[name]:
-        os.kill(info.process.pid, signal.SIGKILL)
+from tests.faults.kills import TITLES, Nodes, check_finished, run_and_kill
 
 
 @pytest.fixture(scope="session")
@@ -132,42 +31,12 @@ def test_the_dataset_is_the_unbroken_runs(
     stage, kind, seed = kill
     draw = random.Random(f"{stage} {kind} {seed}")
     mode = draw.choice(STAGES[stage])
-    whole = unbroken[mode]
-    num_shards = sum(name.startswith("shards/") for name in whole)
-    point = draw.choice([*(DRIVER_POINTS[stage] if kind == "driver" else SHARD_POINTS), "time"])
-    count = draw.randint(1, num_shards - 1) if point in SHARD_POINTS else 2 if point == "finishing" else 1
-    longest_s = _LONGEST_WAIT_S[stage][kind != "driver"]
-    delay_s = draw.uniform(0, longest_s) if point == "time" else draw.choice([0, 0, draw.uniform(0, 0.05)])
-    print(f"{kind}, {mode}, seed {seed}: {point} {count}, and {delay_s:.3f} s more")
-
-    address = nodes.ready() if kind in ("raylet", "head") else cluster
-    out = tmp_path / "out"
+    whole, out = unbroken[mode], tmp_path / "out"
     words = unbroken.words(mode, out)
-    with Watch(out) as watch:
-        # Ray's own patience with a lost head is a minute.
-        env = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"} if kind == "head" else {}
-        command = Command(*words, cwd=tmp_path, address=address, env=env)
-        seen = watch.wait(
-            point if point != "time" else DRIVER_POINTS[stage][0] if kind == "driver" else "writing a tar",
-            count,
-            lambda: command.is_running,
-        )
-        assert seen is not None, f"ended before it could be killed:\n{command.said}"
-        time.sleep(delay_s)
-        was_running = command.is_running
-        if kind == "driver":
-            command.kill()
-        elif kind == "raylet":
-            nodes.kill_raylet()
-        elif kind == "head":
-            nodes.kill_head()
-        else:
-            was_running = _kill_a_worker(kind, out, draw, command)
-    left = check_subset(out, whole)
-    late = "" if was_running else ", too late: the job was done"
-    print(f"{kind}, seed {seed}: {left} of {num_shards} shards counted then{late}")
-
-    if kind in _TITLES:
+    print(f"{mode}, seed {seed}")
+    address = nodes.ready() if kind in ("raylet", "head") else cluster
+    command = run_and_kill(stage, kind, draw, words, out=out, whole=whole, nodes=nodes, address=address)
+    if kind in TITLES:
         command.end()  # Ray does its work again; nobody has to run the job again
     elif kind == "raylet":
         nodes.replace_worker()
@@ -178,10 +47,7 @@ def test_the_dataset_is_the_unbroken_runs(
             nodes.stop()
             check_subset(out, whole)
         run(*words, cwd=tmp_path / "again", address=cluster)
-    check_same(out, whole)
-    leftovers = [str(path) for path in out.rglob(".*") if path.name != ".lock"]
-    assert not leftovers, leftovers
-    check_no_ffmpeg_left()
+    check_finished(out, whole)
 
 
 def _check_head_loss(command: Command) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import parse_options
-from jobs.submit import SubmitConfig, describe, run
+from jobs.submit import SubmitConfig, _wait_for_agent, describe, run
 from pipeline.errors import ConfigError, TokenreelError
 
 
@@ -67,3 +67,19 @@ def test_a_cluster_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(TokenreelError, match=address):
             run(parse("shard", "videos", "/clips", "--address", address))
+
+
+def test_a_cluster_that_takes_no_jobs_yet_is_waited_for() -> None:
+    answers = ["500: No available agent to submit job, please try again later."] * 2
+
+    def submit() -> None:
+        if answers:
+            raise RuntimeError(answers.pop())
+
+    _wait_for_agent(submit)
+    assert not answers
+    for answer, within_s in (("500: No available agent", 0.0), ("500: something else", 60.0)):
+        answers = [answer] * 2
+        with pytest.raises(RuntimeError, match=answer):
+            _wait_for_agent(submit, within_s)
+        assert len(answers) == 1, "asked once more, though it was of no use"
