@@ -20,7 +20,7 @@ _JUNK = (
 )
 _DATA = (
     *("*.mp4", "*.mkv", "*.webm", "*.avi", "*.mov", "*.m4v", "*.tar", "*.tar.*", "*.zip", "*.npy", "*.npz"),
-    *("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.pkl", "mlflow.db*", "mlruns/", "mlartifacts/"),
+    *("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.db", "*.db-*", "mlruns/", "mlartifacts/"),
 )
 _SECRETS = (
     *(".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*"),

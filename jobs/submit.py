@@ -309,7 +309,12 @@ def _result(info: Any, log_text: str, job: str) -> JobResult:
     printed = _last_result(log_text)
     figures = {**printed, **_figures(info), "driver_exit_code": code}
     if status == "failed" and "error" not in figures:
-        figures["error"] = _lines(info.message or f"the job is {info.status}")[-1]
+        figures["error"] = error = _lines(info.message or f"the job is {info.status}")[-1]
+        if "ModuleNotFoundError" in error:
+            figures["error"] += (
+                "; the head's `python` has not what tokenreel needs: start Ray on it from an environment that `make setup` "
+                "made (`. .venv/bin/activate`)"
+            )
     common = {
         name: figures.pop(name) for name in ("job", "out", "planned", "committed", "filtered", "rejected", "fingerprint",
         "mlflow_run_id", "elapsed_s") if name in figures

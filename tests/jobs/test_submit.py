@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jobs.cli import parse_options
-from jobs.submit import SubmitConfig, _wait_for_agent, describe, run
+from jobs.submit import SubmitConfig, _result, _wait_for_agent, describe, run
 from pipeline.errors import ConfigError, TokenreelError
 
 
@@ -67,6 +68,21 @@ def test_a_cluster_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(TokenreelError, match=address):
             run(parse("shard", "videos", "/clips", "--address", address))
+
+
+def test_a_head_without_the_packages_is_told_of() -> None:
+    info = SimpleNamespace(
+        driver_exit_code=1,
+        message="...\nModuleNotFoundError: No module named 'tyro'",
+        status="FAILED",
+        submission_id="shard-clips-1",
+        metadata={"tokenreel.attempt": "1"},
+    )
+    result = _result(info, "no line of ours", "shard")
+    assert result.status == "failed" and result.job == "shard"
+    assert result.figures["error"].startswith("ModuleNotFoundError: No module named 'tyro'; the head's `python`")
+    info.message = "killed"
+    assert _result(info, "", "shard").figures["error"] == "killed"
 
 
 def test_a_cluster_that_takes_no_jobs_yet_is_waited_for() -> None:
