@@ -130,5 +130,5 @@ def write_plot(path: Path, benchmark: Mapping[str, Any], results: Sequence[Mappi
         axes.set_title(title)
         axes.set_ylabel("linear probe, accuracy on test, %")
     if tables:
-        figure.axes[0].legend(fontsize="small")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=100)
