@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, DatasetError
-from pipeline.files import parse_parquet
 from pipeline.ledger import Ledger
+from pipeline.parquet import parse_parquet
 from pipeline.plan_file import PLAN_NAME
 from pipeline.schema import SCHEMA_VERSION, Reject
 from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_info, shard_name

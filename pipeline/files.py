@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -20,15 +16,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     sync_path(path.parent)
-
-
-def parse_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table of a Parquet file that is in memory.
-
-    Not `pq.read_table`: its scanner's threads can let go of `data` after it returned, and a process that ends then aborts.
-    """
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        return file.read(None if columns is None else list(columns), use_threads=False)
 
 
 def sync_path(path: Path) -> None:

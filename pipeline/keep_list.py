@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset import DatasetMeta
 from pipeline.errors import ConfigError
-from pipeline.files import parse_parquet
+from pipeline.parquet import parse_parquet
 
 _MADE_FOR = b"tokenreel.made_for"
 

@@ -20,7 +20,7 @@ from pipeline.dataset import DatasetMeta
 from pipeline.decode import require_decodable
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.files import parse_parquet
+from pipeline.parquet import parse_parquet
 from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DatasetError, TransientIO
-from pipeline.files import parse_parquet
 from pipeline.ledger import Ledger
+from pipeline.parquet import parse_parquet
 from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
 from pipeline.storage import Store
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 from pipeline.dataset import PLAN_REJECTS, DatasetMeta, Place, listed_shards, read_meta, read_rejects_file
 from pipeline.embedding import hash_vector, vectors_of
 from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
-from pipeline.files import parse_parquet
 from pipeline.ledger import Ledger
+from pipeline.parquet import parse_parquet
 from pipeline.schema import Split
 from pipeline.shards import (
     ShardInfo,
