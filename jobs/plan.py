@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from jobs.planning.videos import read_refs, read_videos
 from jobs.result import JobResult
 from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError
+from pipeline.files import write_atomic
 from pipeline.planning import plan_shards
 from pipeline.quality import QualityThresholds
 from pipeline.sharding import ShardSettings, describe_clips
@@ -182,7 +182,8 @@ def run(config: PlanConfig) -> JobResult:
         "warnings": _warnings(config, spec, stages, len(videos), len(probed)),
     }
     if config.save:
-        _write(config.save, figures)
+        config.save.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(config.save, (json.dumps(figures, indent=2) + "\n").encode())
     log.info(f"plan of {config.corpus}:\n{format_plan(figures, stages)}")
     for warning in figures["warnings"]:
         log.warning(f"plan: {warning}")
@@ -287,10 +288,3 @@ def _slowness(spec: ClusterSpec, measured: cost.Measured, cpus: Mapping[str, int
     here = max(cpus, key=lambda name: cpus[name])
     speeds = [one.count * one.cpus / cost.cpu_slowness(measured, one.cpu or here, here) for one in spec.nodes]
     return spec.num_cpus / sum(speeds)
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(figures, indent=2) + "\n")
-    temporary.replace(path)

@@ -133,7 +133,7 @@ def _content(fingerprint: str, estimate: Estimate, made: list[Made], plan_books:
     committed = _column(made, lambda one: one.books.committed)
     books = {
         outcome: {
-            name: round(estimate.total(_column(made, lambda one: getattr(one.books, outcome)[name])))  # noqa: B023
+            name: round(estimate.total(_column(made, lambda one: getattr(one.books, outcome)[name])))  # noqa: B023 (called at once)
             for name in sorted(set().union(*(getattr(one.books, outcome) for one in made)))
         }
         for outcome in ("filtered", "rejected")

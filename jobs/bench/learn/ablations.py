@@ -197,7 +197,7 @@ def _run_beside(todo: Sequence[ArmRun], workers: int) -> Iterator[ArmRun]:
         try:
             for done in as_completed(waiting):
                 yield done.result()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: arms that wait are not begun
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -27,6 +27,7 @@ from models.classifier import VimpacClassifier
 from models.optim import OptimConfig
 from models.vimpac import VimpacBackbone, VimpacObjective
 from pipeline.dataset import read_index, read_meta
+from pipeline.files import write_atomic
 from pipeline.keep_list import to_parquet
 from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.order import hash_keys
@@ -109,9 +110,7 @@ def _run_arm(run: ArmRun) -> None:
         "measure_s": round(time.monotonic() - started_s - pretrain_s, 1),
         "rows": rows,
     }
-    part = run.folder / f".{RESULT_NAME}.part"
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(run.folder / RESULT_NAME)
+    write_atomic(run.folder / RESULT_NAME, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def settings_of(run: ArmRun) -> dict[str, Any]:
