@@ -15,7 +15,7 @@ import torch
 from jobs.bench.learn import digits, prepare
 from jobs.bench.learn.ablations import LearnAblationsConfig, plan_runs, run
 from jobs.bench.learn.arms import BASE, TABLES, make_arms, mean_block_share
-from jobs.bench.learn.measure import draw_share, read_task
+from jobs.bench.learn.measure import draw_share, embed, read_task
 from jobs.bench.learn.report import Estimate, estimate, write_table
 from jobs.bench.learn.tasks import Counts
 from jobs.bench.learn.train import Budget, keep_part, pretrain, run_arm
@@ -141,6 +141,19 @@ def test_the_probes_that_are_asked_for_are_fitted(benchmark: Path, tmp_path: Pat
         ("digit-collision", "attentive"),
         ("digit-collision", "knn"),
     ]
+
+
+def test_the_precision_is_that_of_training_and_of_features(benchmark: Path, tmp_path: Path) -> None:
+    trained = {}
+    for precision in ("fp32", "bf16"):
+        config = config_for(benchmark, tmp_path / precision, BASE)
+        [one, _] = plan_runs(dataclasses.replace(config, budget=dataclasses.replace(BUDGET, precision=precision)))
+        trained[precision] = pretrain(one)
+    fp32, bf16 = (torch.cat([one.flatten() for one in model.parameters()]) for model in trained.values())
+    assert not torch.equal(fp32, bf16)
+    tokens = np.random.default_rng(0).integers(0, CODES, (3, 16, 2, 2)).astype(np.uint16)
+    exact, rounded = (embed(trained["fp32"], tokens, precision).pooled for precision in ("fp32", "bf16"))
+    assert not np.array_equal(exact, rounded) and np.allclose(exact, rounded, atol=0.1)
 
 
 def test_a_table_and_a_plot_and_more_arms_later(

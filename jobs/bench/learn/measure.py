@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -83,7 +83,9 @@ class Embedded(NamedTuple):
 
 
 @torch.inference_mode()
-def embed(backbone: VimpacBackbone, tokens: np.ndarray, batch_size: int = 64) -> Embedded:
+def embed(
+    backbone: VimpacBackbone, tokens: np.ndarray, precision: Literal["fp32", "bf16"], batch_size: int = 64
+) -> Embedded:
     """Features of clips (n t h w) uint16 that hold no PAD, window by window, each as long as the backbone's, without overlap.
 
     Order in time is kept by windows and quarters, as linear probes cannot see it in a mean over all frames.
@@ -92,7 +94,7 @@ def embed(backbone: VimpacBackbone, tokens: np.ndarray, batch_size: int = 64) ->
     pooled, by_frame = [], []
     for first in range(0, len(tokens), batch_size):
         batch = torch.from_numpy(tokens[first : first + batch_size].astype(np.int64))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             windows = [backbone(part, padded=False) for part in batch.split(backbone.config.num_frames, dim=1)]
         frames = torch.cat([window.tokens.float().mean(dim=(2, 3)) for window in windows], dim=1)  # n t d
         quarters = [part.mean(dim=1) for part in frames.tensor_split(_QUARTERS, dim=1)]
