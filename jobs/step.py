@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from models.optim import OptimConfig, build_optimizer, clip_gradients, lr_at, up
 
 if TYPE_CHECKING:
     from jobs.loop import Context, LoopConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,10 @@ class Step:
         self._model = _wrap(objective, context, config)
         self.optimizer = build_optimizer(objective, optim)
         self._is_broken = torch.zeros((), device=context.device)
+        if config.precision == "bf16" and context.device.type == "cpu" and _lacks_bf16():
+            log.warning(
+                "this CPU has no instructions for bf16, which is slower than fp32 here; set --loop.precision fp32"
+            )
 
     def __call__(self, parts: Sequence[dict[str, Any]], step: int) -> Measured:
         """Step `step` (from 0) on the micro-batches of this worker."""
@@ -128,6 +135,12 @@ def seed_everything(seed: int, step: int, rank: int, place: int = 0) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
+
+
+def _lacks_bf16() -> bool:
+    """Whether this CPU only emulates bf16; False where torch does not say: before 2.13, and on other architectures."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _wrap(objective: nn.Module, context: Context, config: LoopConfig) -> nn.Module:

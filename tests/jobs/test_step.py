@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -258,3 +258,25 @@ def test_two_workers_with_shards_and_parts_train_as_with_neither(tmp_path: Path)
     assert found["parts pictures"] == [2, 4] and found["fsdp pictures"] == []
     assert found["fsdp goes on"] == pytest.approx(found["ddp goes on"], rel=5e-3)
     assert len(found["ddp goes on"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision", "is_warned"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, "bf16", True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, "fp32", False),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, "bf16", False),
+        ({"architecture": "aarch64"}, "bf16", False),
+    ],
+)
+def test_a_cpu_without_bf16_is_named(
+    capabilities: dict[str, Any],
+    precision: Literal["fp32", "bf16"],
+    is_warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    Step(make_objective(), Context(run=tmp_path), replace(CONFIG, precision=precision), OPTIM)
+    assert ("--loop.precision fp32" in caplog.text) == is_warned
