@@ -139,7 +139,7 @@ def seed_everything(seed: int, step: int, rank: int, place: int = 0) -> None:
 
 def _lacks_bf16() -> bool:
     """Whether this CPU only emulates bf16; False where torch does not say: before 2.13, and on other architectures."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
