@@ -5,12 +5,14 @@ Axes: c classes; h height, w width of the picture.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.files import write_atomic
 
 _SIDE_PX = 900
 _MAX_CELL_PX = 44
@@ -56,8 +58,8 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Save uint8 (h w 3) as a PNG, by rename; the folder is made."""
+    """Save uint8 (h w 3) as a PNG, whole or not at all; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(picture).save(temporary, "PNG")
-    temporary.replace(path)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())

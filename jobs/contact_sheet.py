@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jobs.confusion import save_picture
 from jobs.scatter import CSS as SCATTER_CSS
 from jobs.scatter import Scatter, render_scatter
+from pipeline.files import write_atomic
 
 Role = Literal["original", "reconstruction", "masked", "predicted"]
 
@@ -112,9 +113,7 @@ def write_contact_sheet(
         f"<header><h1>{_escape(title)}</h1><dl>{terms}</dl><ul>{legend}</ul></header>"
         f"<main>{body}</main></body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold bytes that are no UTF-8
-    temporary.replace(path)
+    write_atomic(path, page.encode(errors="replace"))  # a file name may hold bytes that are no UTF-8
 
 
 def overlay_mask(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -172,10 +171,7 @@ def save_png_grid(path: Path, rows_of_strips: Sequence[Sequence[np.ndarray]], la
             canvas.paste(image, (left, y), image)
             y += image.height + gap
         y += row_gap - gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    canvas.save(temporary, "PNG")
-    temporary.replace(path)
+    save_picture(path, np.asarray(canvas))
 
 
 def _render_section(section: Section, max_frames: int) -> str:

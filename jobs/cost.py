@@ -7,7 +7,6 @@ machines that it speaks of. It needs the standard library alone, so a bare GPU m
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import ConfigError
+from pipeline.files import write_atomic
 
 T = TypeVar("T")
 
@@ -99,12 +99,10 @@ def _merge(
 
 
 def save(path: Path, newer: Measured) -> None:
-    """Merge `newer` into the file at `path`, by rename."""
+    """Merge `newer` into the file at `path`."""
     text = Measured.load(path).merged(newer).to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_atomic(path, text.encode())
 
 
 def cpu_name() -> str:

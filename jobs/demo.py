@@ -14,7 +14,7 @@ from jobs.cluster import connect
 from jobs.data_job import RejectPolicy
 from jobs.loop import LoopConfig
 from jobs.result import JobResult
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from models.tokenizers.vqvae import VqvaeConfig
 from pipeline.clips import ClipConfig
 from pipeline.dataset import read_index

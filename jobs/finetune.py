@@ -33,7 +33,8 @@ from jobs.model_folder import add_mlflow_model, write_model
 from jobs.pretrain import PretrainConfig, load_objective, tokenizer_differences
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
-from jobs.training import Task, WorkersConfig, read_run_fingerprint, run_training
+from jobs.training import Task, read_run_fingerprint, run_training
+from jobs.workers import WorkersConfig
 from models.classifier import VimpacClassifier, load_pretrained
 from models.optim import OptimConfig
 from models.vimpac import VimpacBackbone, VimpacConfig

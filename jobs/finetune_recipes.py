@@ -9,7 +9,7 @@ import tyro
 
 from jobs.finetune import FinetuneConfig, MultiClipConfig
 from jobs.loop import LoopConfig
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from models.optim import OptimConfig
 from models.vimpac import SIZES, VimpacConfig
 from pipeline.errors import ConfigError

@@ -20,7 +20,8 @@ from jobs.model_folder import add_mlflow_model, load_model, write_model
 from jobs.result import JobResult
 from jobs.token_origin import load_kept_tokenizer
 from jobs.tracking import DatasetInput
-from jobs.training import Task, WorkersConfig, read_run_fingerprint, run_training
+from jobs.training import Task, read_run_fingerprint, run_training
+from jobs.workers import WorkersConfig
 from models.optim import OptimConfig, lr_at
 from models.stage2 import resize_moments, resize_positions
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig

@@ -13,7 +13,7 @@ import tyro
 
 from jobs.loop import LoopConfig
 from jobs.pretrain import PretrainConfig
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from models.optim import OptimConfig
 from models.vimpac import SIZES, VimpacConfig, VimpacObjectiveConfig
 from pipeline.errors import ConfigError

@@ -18,7 +18,8 @@ from jobs.contact_sheet import save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
-from jobs.training import Task, WorkersConfig, run_training
+from jobs.training import Task, run_training
+from jobs.workers import WorkersConfig
 from models.optim import OptimConfig
 from models.tokenizers.base import Tokenizer, load_tokenizer
 from models.tokenizers.ssim import WINDOW_PX, ssim

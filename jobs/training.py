@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -32,6 +32,7 @@ from jobs.mirror import MARKER_NAME, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
+from jobs.workers import WorkersConfig, usable_workers
 from models.optim import OptimConfig
 from pipeline.dataset import config_differences, require_unused
 from pipeline.errors import ConfigError, TokenreelError
@@ -55,54 +56,6 @@ _NOT_IDENTITY = {
 }
 """Settings, by group, that may change between a run and its resume: they say where and how fast it runs, and what it writes
 on the way; inputs count by fingerprint, not by where they lie."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkersConfig:
-    """Who trains. None of it changes the order of the data."""
-
-    num_workers: int = 1
-    """Data-parallel workers (DDP): one GPU each, or one CPU each."""
-    min_workers: int | None = None
-    """With it the run is elastic: it starts with this many or more, takes up to num_workers as the cluster has them, and
-    goes on with fewer when it loses some. The batch must divide by it."""
-    resize_every_s: float = 60.0
-    """Seconds between two looks at whether an elastic run can have more workers; taking them costs a restart."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto takes GPUs where the cluster has enough for all workers, or for min_workers."""
-    max_failures: int = 3
-    """Times that a died worker is replaced, and the run resumed from its checkpoint, before the job fails; counted anew
-    after a preemption."""
-    max_preemptions: int = 100
-    """Times that workers may be told to stop (SIGTERM, a drained node) and the run goes on with others."""
-    mirror: str = ""
-    """Folder or URL (s3://, gs://, abfs://) that gets a copy of each checkpoint; a run whose own folder is lost goes on
-    from there. Empty for none."""
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1 or self.max_failures < 0:
-            raise ConfigError(
-                f"workers: num_workers = {self.num_workers} must be 1 or more, max_failures = {self.max_failures} 0 or more"
-            )
-        if self.resize_every_s <= 0 or self.max_preemptions < 0:
-            raise ConfigError(
-                f"workers: resize_every_s = {self.resize_every_s} must be more than 0, max_preemptions = "
-                f"{self.max_preemptions} 0 or more"
-            )
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
-            raise ConfigError(
-                f"workers: min_workers = {self.min_workers}; allowed: 1 to num_workers = {self.num_workers}, or none"
-            )
-
-    @property
-    def fewest(self) -> int:
-        """The fewest workers that the run goes on with."""
-        return self.num_workers if self.min_workers is None else self.min_workers
-
-
-def usable_workers(num_workers: int, num_parts: int) -> int:
-    """How many of `num_workers` can work: the most that `num_parts`, which one step is made of, divides by."""
-    return next(size for size in range(num_workers, 0, -1) if num_parts % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

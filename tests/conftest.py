@@ -151,7 +151,7 @@ def small_shard_config(corpus: Path, out: Path):
 def small_tokenizer_config(clips: Path, out: Path):
     from jobs.loop import LoopConfig
     from jobs.train_tokenizer import TrainTokenizerConfig
-    from jobs.training import WorkersConfig
+    from jobs.workers import WorkersConfig
     from models.tokenizers.vqvae import VqvaeConfig
     from pipeline.decode import FrameConfig
     from pipeline.frames import FrameLoaderConfig

@@ -18,7 +18,7 @@ from jobs.classification import ClassifyConfig
 from jobs.evaluate import EvaluateConfig
 from jobs.journal import read_journal
 from jobs.model_folder import load_classifier
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from pipeline.dataset import read_index, read_meta
 from pipeline.labelled import LabelledConfig
 from tests.conftest import Stages

@@ -19,7 +19,8 @@ from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.loop import Context
 from jobs.pretrain import PretrainConfig
 from jobs.tracking import read_run_id
-from jobs.training import TrainingFailed, WorkersConfig
+from jobs.training import TrainingFailed
+from jobs.workers import WorkersConfig
 from tests.e2e.training import find_train_worker, make_config, make_tokens
 
 LOOP = {"steps": 60, "save_every_steps": 1000}

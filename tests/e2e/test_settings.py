@@ -14,7 +14,8 @@ import pytest
 from jobs import evaluate, pretrain, tokenize
 from jobs.evaluate import EvaluateConfig
 from jobs.mlflow_store import open_client
-from jobs.training import TrainingFailed, WorkersConfig
+from jobs.training import TrainingFailed
+from jobs.workers import WorkersConfig
 from pipeline.errors import ConfigError
 from pipeline.shards import to_parquet
 from tests.conftest import Stages, small_pretrain_config, small_tokenize_config

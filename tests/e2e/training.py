@@ -10,7 +10,7 @@ import psutil
 
 from jobs.pretrain import PretrainConfig
 from jobs.recipes import debug
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from tests.pipeline.datasets import GRID, make_token_dataset
 
 CODEBOOK_SIZE = 64

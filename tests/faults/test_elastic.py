@@ -21,7 +21,7 @@ from jobs.checkpoint import Cursor, list_checkpoints, read_cursor
 from jobs.config import save_config
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.pretrain import PretrainConfig
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from tests.e2e.training import make_config, make_tokens
 
 

@@ -22,7 +22,7 @@ import pytest
 from jobs.checkpoint import list_checkpoints, read_cursor
 from jobs.config import save_config
 from jobs.journal import read_journal
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from tests.e2e.training import make_config, make_tokens
 from tests.faults.cases import check_same, check_subset
 from tests.faults.conftest import Unbroken

@@ -16,7 +16,8 @@ from jobs.finetune_recipes import debug
 from jobs.journal import read_journal
 from jobs.loop import Context, LoopConfig, seed_everything, train
 from jobs.model_folder import write_model
-from jobs.training import WorkersConfig, _open_run
+from jobs.training import _open_run
+from jobs.workers import WorkersConfig
 from models.optim import OptimConfig
 from models.vimpac import VimpacConfig
 from pipeline.dataset import create_or_resume, finish

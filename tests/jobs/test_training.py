@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs import pretrain, training
-from jobs.training import WorkersConfig, _open_run, usable_workers
+from jobs.training import _open_run
+from jobs.workers import WorkersConfig, usable_workers
 from pipeline.errors import ConfigError
 from pipeline.loader import CacheConfig
 from pipeline.order import ORDER_VERSION

@@ -45,7 +45,7 @@ from jobs.frame_encoder import FrameEncoder
 from jobs.loop import LoopConfig
 from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER
-from jobs.training import WorkersConfig
+from jobs.workers import WorkersConfig
 from models.optim import OptimConfig
 from models.tokenizers.base import load_tokenizer
 from models.tokenizers.vqvae import VqvaeConfig
