@@ -84,7 +84,7 @@ class Embedded(NamedTuple):
 
 @torch.inference_mode()
 def embed(
-    backbone: VimpacBackbone, tokens: np.ndarray, precision: Literal["fp32", "bf16"], batch_size: int = 64
+    backbone: VimpacBackbone, tokens: np.ndarray, precision: Literal["fp32", "bf16"], batch_size: int = 16
 ) -> Embedded:
     """Features of clips (n t h w) uint16 that hold no PAD, window by window, each as long as the backbone's, without overlap.
 
