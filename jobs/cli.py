@@ -1,7 +1,7 @@
 """The command `tokenreel`: one subcommand a job, its options made from the job's config dataclass.
 
 For scripts: logs and progress go to stderr; the last line of stdout is one JSON object; the exit code is 0 done,
-1 failed, 2 bad usage or config, 3 done with more rejects than allowed.
+1 failed, 2 bad usage or config, 3 more rejects than allowed: stopped early, unless all was done by then.
 """
 
 from __future__ import annotations
@@ -182,7 +182,11 @@ def _take_name(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:
-    result: JobResult = importlib.import_module(_JOBS[name].module).run(parse_options(name, argv))
+    options = parse_options(name, argv)
+    try:
+        result: JobResult = importlib.import_module(_JOBS[name].module).run(options)
+    except SystemExit as stop:  # how Ray answers SIGTERM in its driver
+        raise TokenreelError("told to stop (SIGTERM); run the same command again to resume") from stop
     return result
 
 
@@ -208,9 +212,19 @@ def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
     default = None
     if kind.__name__ == "SubmitConfig":
         return _parse_submit(program, kind, argv)
+    saved, argv = _take_option(argv, "--config")
     if kind.__name__ in _RECIPES:
         module, words = _RECIPES[kind.__name__]
         recipes = importlib.import_module(module)
+        if saved is not None:  # it says which recipe it began as; one that is named again must be the same
+            default = _load_saved(saved, kind)
+            if argv and argv[0] in recipes.RECIPES:
+                if argv[0] != default.recipe:
+                    raise ConfigError(
+                        f"{program}: {saved} is of recipe {default.recipe}, not {argv[0]}; leave one of them out"
+                    )
+                argv = argv[1:]
+            return _tyro(program, kind, argv, {"default": default})
         if not argv or argv[0].startswith("-"):
             if argv and argv[0] in ("-h", "--help"):
                 print(f"usage: {program} RECIPE {words} [options]\n\nrecipes:")
@@ -220,12 +234,15 @@ def _parse(program: str, kind: type[Any], argv: list[str]) -> Any:
                 raise SystemExit(0)
             raise ConfigError(f"{program}: the recipe comes first; allowed: {', '.join(recipes.RECIPES)}")
         default, program, argv = recipes.find_recipe(argv[0]), f"{program} {argv[0]}", argv[1:]
-    saved, argv = _take_option(argv, "--config")
-    if saved is not None:
-        from jobs.config import load_config
-
-        default = load_config(Path(saved), kind)
+    elif saved is not None:
+        default = _load_saved(saved, kind)
     return _tyro(program, kind, argv, {} if default is None else {"default": default})
+
+
+def _load_saved(path: str, kind: type[Any]) -> Any:
+    from jobs.config import load_config
+
+    return load_config(Path(path), kind)
 
 
 def _parse_submit(program: str, kind: type[Any], argv: list[str]) -> Any:
@@ -276,5 +293,5 @@ def _usage() -> str:
         f"jobs:\n{rows}\n\n"
         "tokenreel JOB --help lists a job's options. --config FILE runs a saved config.json again.\n"
         "The last line of stdout is one JSON object. Exit codes: 0 done, 1 failed, 2 bad usage or config,\n"
-        "3 done, with more rejects than --max-reject-fraction."
+        "3 more rejects than --max-reject-fraction: stopped early, unless all was done by then."
     )

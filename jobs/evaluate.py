@@ -21,11 +21,12 @@ from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.folder import lock_folder
 from jobs.label_probes import describe_labels, measure_labels
 from jobs.loop import seed_everything
-from jobs.pretrain import PretrainConfig, draw_predictions, load_objective
+from jobs.pretrain import PretrainConfig, draw_predictions, load_objective, tokenizer_differences
 from jobs.probes import make_tasks, probe, read_views
 from jobs.result import JobResult
 from jobs.token_origin import original_frames
 from jobs.tracking import DatasetInput, Tracker
+from jobs.training import read_run_fingerprint
 from jobs.window_embedder import WindowEmbedder
 from models.vimpac import VimpacBackbone, VimpacObjective
 from pipeline.dataset import DatasetMeta, find_parent, read_index, read_meta
@@ -78,14 +79,19 @@ def run(config: EvaluateConfig) -> JobResult:
         raise ConfigError(f"several runs and classify options are for fine-tuned runs; {config.run} is none")
     started_s = time.monotonic()
     trained = load_run(config.run)
+    if config.tokens is not None and (differences := tokenizer_differences(trained.tokens, config.tokens)):
+        raise ConfigError(f"tokens: {config.run} was trained on other codes: {'; '.join(differences)}")
     tokens = Store.at(config.tokens or trained.tokens)
     meta = read_meta(tokens, kind="tokens", complete=True)
     objective = load_objective(trained, list_checkpoints(config.run)[-1])
     seed_everything(trained.loop.seed, -1, 0)  # as the run began, so that "untrained" is its own starting point
     untrained = VimpacObjective(VimpacBackbone(trained.backbone), trained.objective).eval()
     out = config.run / "evaluation"
-    inputs = [DatasetInput(name=tokens.name, fingerprint=meta.fingerprint, uri=tokens.url, context="evaluation")]
-    run_digest = fingerprint(**to_plain(trained))
+    run_digest = read_run_fingerprint(config.run)
+    inputs = [
+        DatasetInput(name=config.run.name, fingerprint=run_digest, uri=str(config.run.resolve()), context="model"),
+        DatasetInput(name=tokens.name, fingerprint=meta.fingerprint, uri=tokens.url, context="evaluation"),
+    ]
     tags = {"tokenreel.run": str(config.run), "tokenreel.model_fingerprint": run_digest}
     with (
         lock_folder(out),
@@ -147,6 +153,12 @@ def _reader(objective: VimpacObjective, tokens: Store, split: Split | None = Non
     return WindowReader(tokens, split or "all", backbone.shape, backbone.pad_id)
 
 
+def draw_samples(num_samples: int, max_windows: int) -> np.ndarray:
+    """Numbers of the samples to predict, each up to eight times: in an order of their own, as neighbours are often of one video."""
+    order = np.random.default_rng(0).permutation(num_samples)
+    return np.resize(order, min(max_windows, 8 * num_samples))
+
+
 @torch.inference_mode()
 def _measure_prediction(objective: VimpacObjective, tokens: Store, config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy at masked positions, and the best that naming one code everywhere could reach on the same positions."""
@@ -154,9 +166,7 @@ def _measure_prediction(objective: VimpacObjective, tokens: Store, config: Evalu
     has_val = "val" in read_index(tokens, ["split"])["split"].to_pylist()
     split: Split = "val" if has_val else "train"
     reader = _reader(objective, tokens, split)
-    samples = np.resize(np.arange(len(reader)), max(len(reader), min(config.max_windows, 8 * len(reader))))[
-        : config.max_windows
-    ]
+    samples = draw_samples(len(reader), config.max_windows)
     rounds = np.arange(len(samples)) // len(reader)
     seeds = draw_seeds(0, rounds, reader.key_hashes[samples], 0)
     starts = (

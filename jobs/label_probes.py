@@ -51,7 +51,11 @@ def measure_labels(
     splits = draw_splits(np.array(reader.index["split"].to_pylist())[samples], videos)
     if min(map(len, splits)) == 0 or len(np.unique(numbers[splits[0]])) < 2:
         if len(known):
-            log.info("evaluate: labels are not probed: too few labelled videos, or all of one label")
+            log.info(
+                "evaluate: labels are not probed: %d labelled clips train, %d validate, %d test, and two or more labels must "
+                "be among the first",
+                *map(len, splits),
+            )
         return {}
     windows = reader.read(samples, (reader.num_starts(samples) - 1) // 2)
     settings = EmbedSettings(batch_windows=batch_size)
@@ -88,12 +92,12 @@ def measure_labels(
 
 
 def draw_splits(splits: np.ndarray, videos: np.ndarray) -> Splits:
-    """Rows of train, val and test: those of the index, or, where it has no split `test`, its `val` as test and a fifth of
-    its training videos as val. A split may be empty."""
-    if (splits == "test").any():
-        train, val, test = (np.flatnonzero(splits == name) for name in ("train", "val", "test"))
+    """Rows of train, val and test: those of the index, where it has all three. Otherwise `test`, or without it `val`, tests, and a
+    fifth of the training videos is val. A split may be empty."""
+    train, val, test = (np.flatnonzero(splits == name) for name in ("train", "val", "test"))
+    if len(val) and len(test):
         return train, val, test
-    train, test = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "val")
+    test = test if len(test) else val
     if len(np.unique(videos[train])) < 2:
         return train, train[:0], test
     rest, val = hold_out(videos[train], _VAL_SHARE, seed=0)

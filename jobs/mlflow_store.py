@@ -38,8 +38,12 @@ def resolve_tracking_uri() -> str:
 
 
 def redact_uri(uri: str) -> str:
-    """`uri` without the user and password it may hold: fit for logs and files."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    """`uri`, or a text with URIs, without the users and passwords that they may hold: fit for logs and files.
+
+    SQLAlchemy takes a password that has `/` in it, and one in the query.
+    """
+    without_user = re.sub(r"(?<=://)([^\s/@?#]*|[^\s/@?#:]*:[^\s@?#]*)@", "", uri)
+    return re.sub(r"(?<=[?&])(user|password|token)=[^&\s]*", r"\1=...", without_user)
 
 
 def probe_store(uri: str) -> None:

@@ -50,7 +50,7 @@ def read_views(reader: WindowReader, max_windows: int) -> tuple[dict[str, np.nda
     Returns:
         (views by name, video number of each row (n,), start of each row in seconds (n,))
     """
-    samples, starts = _spread_windows(reader, 2 * reader.num_frames - 1, max_windows)
+    samples, starts = spread_windows(reader, 2 * reader.num_frames - 1, max_windows)
     normal = reader.read(samples, starts)
     views = {"normal": normal, "backward": normal[:, ::-1], "double": reader.read(samples, starts, stride=2)}
     videos = np.unique(np.array(reader.index["video_id"].to_pylist())[samples], return_inverse=True)[1]
@@ -104,15 +104,19 @@ def probe(task: ProbeTask, features: dict[str, np.ndarray]) -> tuple[ProbeResult
     )
 
 
-def _spread_windows(reader: WindowReader, length: int, max_windows: int) -> tuple[np.ndarray, np.ndarray]:
+def spread_windows(reader: WindowReader, length: int, max_windows: int) -> tuple[np.ndarray, np.ndarray]:
     """Up to `max_windows` windows of `length` frames without overlap: (samples, starts).
 
-    No video gives more than twice an equal share, so that one long film does not decide the figures.
+    No video gives more than twice an equal share, so that one long film does not decide the figures. Of more videos than
+    windows, as many are drawn.
     """
     by_video: dict[str, list[tuple[int, int]]] = {}
     for sample, video in enumerate(reader.index["video_id"].to_pylist()):
         for start in range(0, int(reader.lengths[sample]) - length + 1, length):
             by_video.setdefault(video, []).append((sample, start))
+    if len(by_video) > max_windows:
+        kept = np.random.default_rng(0).permutation(sorted(by_video))[:max_windows]
+        by_video = {video: by_video[video] for video in sorted(kept.tolist())}
     share = max(1, 2 * max_windows // max(1, len(by_video)))
     while share > 1 and sum(min(share, len(windows)) for windows in by_video.values()) > max_windows:
         share -= 1

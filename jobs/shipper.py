@@ -205,7 +205,7 @@ class Shipper:
                 name=one["name"][:500] or "dataset",
                 digest=one["fingerprint"][:36],
                 source_type=scheme if scheme in ("s3", "gs", "http", "https") else "local",
-                source=json.dumps({key: redact_uri(one["uri"])}),
+                source=json.dumps({key: one["uri"]}),  # credentials in it were refused when it was opened
                 profile=json.dumps(one["totals"]) if one["totals"] else None,
             )
             tags = {

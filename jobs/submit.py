@@ -32,6 +32,8 @@ _STOP_S = 60.0
 _AGENT_S = 120.0
 """How long a cluster may take from answering to having a node that takes jobs; it has just been started, or is busy."""
 _TAIL_CHARS = 1 << 16
+_OUTPUTS = ("out", "save", "page")
+"""Options of jobs that name what they write."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,16 +100,25 @@ def describe(config: SubmitConfig) -> Submission:
     """Parse the job's own options here, so that a wrong one is told before anything is sent.
 
     Raises:
-        ConfigError: no such job, an option that is wrong, or an `out` that only the job's own process would see.
+        ConfigError: no such job, an option that is wrong, or an output that only the job's own process would see.
     """
     from jobs.cli import parse_job
 
     job, job_config = parse_job(list(config.words))
     out = str(getattr(job_config, "out", ""))
-    if out not in ("", ".") and not ("://" in out or Path(out).is_absolute()):  # "." is doctor's, which keeps nothing
+    for name in _OUTPUTS:
+        place = str(getattr(job_config, name, None) or "")
+        if place not in ("", ".") and not (
+            "://" in place or Path(place).is_absolute()
+        ):  # "." is doctor's, which keeps nothing
+            raise ConfigError(
+                f"{name} = {place}: a submitted job starts in a folder of the cluster's that goes when it ends; give a path that "
+                "all nodes share, from / on, or a URL (s3://, gs://, abfs://)"
+            )
+    if job == "inspect" and "://" in job_config.dataset and job_config.page is None:
         raise ConfigError(
-            f"out = {out}: a submitted job starts in a folder of the cluster's that goes when it ends; give a path that all "
-            "nodes share, from / on, or a URL (s3://, gs://, abfs://)"
+            f"page: not given, and that of {job_config.dataset} would be written into a folder of the cluster's that goes when the "
+            "job ends; give --page, a path that all nodes share"
         )
     text = f"{job} {to_text(job_config)}"
     target = out or text

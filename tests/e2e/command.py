@@ -20,6 +20,11 @@ def run_command(*args: object, cwd: Path, address: str = "", expect: int = 0) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def start_command(*args: object, cwd: Path, address: str) -> subprocess.Popen[str]:
+    """Start a command; its stdout is a pipe."""
+    return subprocess.Popen(_words(args), cwd=cwd, env=_environment(address), stdout=subprocess.PIPE, text=True)
+
+
 def kill_command(*args: object, cwd: Path, address: str, when: Callable[[], bool]) -> None:
     """Start a command, and kill it with SIGKILL as soon as `when()` holds."""
     with (cwd / "killed.log").open("w") as log:

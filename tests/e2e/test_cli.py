@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Stages
-from tests.e2e.command import run_command
+from tests.e2e.command import run_command, start_command
 
 COMMON = {
     "job",
@@ -69,6 +71,20 @@ def test_more_rejects_than_allowed_exit_with_3(cluster: str, corpus: Path, tmp_p
     assert result["status"] == "done"
     result = run_command("shard", folder, "few", cwd=tmp_path, address=cluster)
     assert result["status"] == "done", "two files are too few to judge a corpus by"
+
+
+def test_sigterm_is_a_failure_that_says_how_to_resume(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    words = ("shard", corpus, "out", "--storage", "transcode")
+    process = start_command(*words, cwd=tmp_path, address=cluster)
+    while not (tmp_path / "out" / "plan.parquet").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    result = json.loads(said.splitlines()[-1])
+    assert process.returncode == 1 and result["status"] == "failed"
+    assert "run the same command again" in result["error"]
+    assert run_command(*words, cwd=tmp_path, address=cluster)["status"] == "done"
 
 
 def test_folders_of_the_users_own_with_our_packages_names_do_no_harm(

@@ -14,7 +14,7 @@ import pytest
 from jobs import evaluate, pretrain, tokenize
 from jobs.evaluate import EvaluateConfig
 from jobs.mlflow_store import open_client
-from jobs.training import TrainingFailed
+from jobs.training import TrainingFailed, read_run_fingerprint
 from jobs.workers import WorkersConfig
 from pipeline.errors import ConfigError
 from pipeline.shards import to_parquet
@@ -79,13 +79,21 @@ def test_evaluation_probes_labels_where_there_are_some(stages: Stages, mlflow_ur
     assert logged["label_linear_pretrained"] == pytest.approx(labels["linear"]["pretrained"])
 
 
-def test_what_evaluation_measures_on(stages: Stages, tmp_path: Path) -> None:
+def test_what_evaluation_measures_on(stages: Stages, tmp_path: Path, mlflow_uri: str) -> None:
     tokens = shutil.copytree(stages.tokens, tmp_path / "tokens")
     model = shutil.copytree(stages.model, tmp_path / "model", ignore=shutil.ignore_patterns("evaluation", "mlflow*"))
     config = EvaluateConfig(run=model, tokens=str(tokens), max_windows=4, batch_size=3)
-    few = evaluate.run(config).figures
+    result = evaluate.run(config)
+    few = result.figures
+    logged = open_client(mlflow_uri).get_run(result.mlflow_run_id)
+    assert read_run_fingerprint(model)[:36] in {one.dataset.digest for one in logged.inputs.dataset_inputs}
     again = evaluate.run(replace(config, batch_size=32)).figures
     more = evaluate.run(replace(config, max_windows=16)).figures
     assert few["masked_token_accuracy"] == pytest.approx(again["masked_token_accuracy"], abs=0.02)
     assert few["masked_tokens"] == again["masked_tokens"] < more["masked_tokens"]
     assert few["probes"]["speed"]["tested"] < more["probes"]["speed"]["tested"]
+    described = json.loads((tokens / "dataset.json").read_text())
+    described["extra"]["tokenizer"]["fingerprint"] = "0" * 32
+    (tokens / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="was trained on other codes"):
+        evaluate.run(config)

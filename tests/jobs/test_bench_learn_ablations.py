@@ -177,8 +177,13 @@ def test_a_table_and_a_plot_and_more_arms_later(
     runs = client.search_runs([client.get_experiment_by_name("learn").experiment_id])
     parents = [one.data.tags.get("mlflow.parentRunId") for one in runs]
     assert len(runs) == 5 and set(parents) == {None, second.mlflow_run_id}
-    with pytest.raises(ConfigError, match="made with other settings"):
-        run(dataclasses.replace(config_for(benchmark, tmp_path, "none"), budget=dataclasses.replace(BUDGET, steps=3)))
+    other = dataclasses.replace(config_for(benchmark, tmp_path, "none"), budget=dataclasses.replace(BUDGET, steps=3))
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        run(other)
+    for path in (tmp_path / "runs").glob("*/result.json"):  # as if it had been broken off
+        path.unlink()
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        run(other)
 
 
 def test_what_lies_above_no_pretraining_is_bold(tmp_path: Path) -> None:

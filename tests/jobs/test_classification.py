@@ -15,7 +15,7 @@ from PIL import Image
 from jobs.classification import ClassifyConfig, _select, evaluate_runs, is_finetuned, mean_over_runs, measure
 from jobs.classification_report import write_report
 from jobs.confusion import draw_confusion
-from jobs.evaluate import EvaluateConfig, run
+from jobs.evaluate import EvaluateConfig, draw_samples, run
 from jobs.finetune import PLAIN, make_classifier, open_clips, predict
 from jobs.metrics import bootstrap_interval
 from pipeline.errors import ConfigError
@@ -182,3 +182,9 @@ def test_what_cannot_be_tested_is_refused(trained: Path, tmp_path: Path) -> None
     for wrong in ({"num_clips": 0}, {"num_bins": 0}, {"resamples": 0}):
         with pytest.raises(ConfigError, match="must be 1 or more"):
             ClassifyConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_samples_to_predict_are_of_the_whole_dataset() -> None:
+    few = draw_samples(20_000, 256)
+    assert len(set(few)) == 256 and few.max() > 15_000 and few.min() < 5_000
+    assert np.array_equal(np.bincount(draw_samples(10, 256)), np.full(10, 8))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jobs.label_probes import describe_labels, draw_splits, measure_labels, token_cells, token_histogram
+from jobs.probes import spread_windows
 from models.vimpac import VimpacBackbone, VimpacConfig
 from pipeline.dataset import create_or_resume, finish
 from pipeline.ledger import Ledger
@@ -81,6 +82,16 @@ def test_splits_of_the_index_are_kept() -> None:
     train, val, test = draw_splits(np.array(["train"] * 4 + ["val"] * 3), videos)
     assert test.tolist() == [4, 5, 6] and set(videos[train]) & set(videos[val]) == set()
     assert sorted([*train, *val]) == [0, 1, 2, 3]
+    train, val, test = draw_splits(np.array(["train"] * 4 + ["test"] * 3), videos)
+    assert test.tolist() == [4, 5, 6] and len(val) and sorted([*train, *val]) == [0, 1, 2, 3]
+
+
+def test_windows_are_at_most_as_many_as_allowed_and_of_as_many_videos(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path / "tokens", ["a"] * VIDEOS)
+    for allowed in (10, VIDEOS, 2 * VIDEOS):
+        samples, _ = spread_windows(reader, CONFIG.num_frames, allowed)
+        videos = {reader.index["video_id"][int(sample)].as_py() for sample in samples}
+        assert len(samples) == allowed and len(videos) == min(allowed, VIDEOS)
 
 
 def test_cells_are_means_of_tokens(backbones) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from jobs.cli import run
-from jobs.config import from_plain, to_plain
+from jobs.cli import parse_options, run
+from jobs.config import from_plain, save_config, to_plain
 from jobs.pretrain import PretrainConfig
 from jobs.recipes import RECIPES, find_recipe
 from models.optim import lr_at
 from models.vimpac import VimpacBackbone, VimpacObjective
 from pipeline.dataset import config_differences
+from pipeline.errors import ConfigError
 
 PARAMETERS = {
     "debug": 352_128,
@@ -120,6 +123,17 @@ def test_help_lists_every_recipe_with_its_line() -> None:
     rows = {line.split()[0]: line for line in out.getvalue().splitlines() if line.startswith("  ")}
     for name, make in RECIPES.items():
         assert (make.__doc__ or "").splitlines()[0] in rows[name]
+
+
+def test_a_saved_config_runs_again_without_its_recipe(tmp_path: Path) -> None:
+    config = replace(find_recipe("debug"), tokens="t", out=tmp_path / "run")
+    saved = str(save_config(tmp_path, config))
+    for words in (["--config", saved], ["debug", f"--config={saved}"]):
+        assert parse_options("pretrain", words) == config
+    changed = parse_options("pretrain", ["--config", saved, "--loop.seed", "7"])
+    assert changed == replace(config, loop=replace(config.loop, seed=7))
+    with pytest.raises(ConfigError, match="is of recipe debug, not vimpac-small"):
+        parse_options("pretrain", ["vimpac-small", "--config", saved])
 
 
 def test_stage_two_needs_a_run_to_continue() -> None:

@@ -45,6 +45,9 @@ def test_the_same_job_has_the_same_name_and_digest_however_it_is_written() -> No
     ("words", "expected"),
     [
         ("shard videos clips", "out = clips.*all nodes share"),
+        ("plan videos --save plan.json", "save = plan.json.*all nodes share"),
+        ("inspect /clips --page page.html", "page = page.html.*all nodes share"),
+        ("inspect s3://bucket/clips", "page: not given.*s3://bucket/clips"),
         ("shard videos /clips --storage zip", "zip.*transcode"),
         ("ui", "the job comes first; allowed: .*shard"),
         ("bench plan /out", "the job comes first"),

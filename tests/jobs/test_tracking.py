@@ -373,4 +373,18 @@ def test_no_password_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         pass
     assert "hunter2" not in caplog.text
     assert all("hunter2" not in path.read_text() for path in tmp_path.iterdir())
-    assert redact_uri("postgresql://u:p@h/db") == "postgresql://h/db"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://u:p@h/db", "postgresql://h/db"),
+        ("postgresql://u:a/b+c=@h:5432/db", "postgresql://h:5432/db"),
+        ("postgresql://h/db?user=me&password=p&sslmode=on", "postgresql://h/db?user=...&password=...&sslmode=on"),
+        ("no answer from http://me:p@h:5000/ (me@work)", "no answer from http://h:5000/ (me@work)"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+        ("http://h:5000/", "http://h:5000/"),
+    ],
+)
+def test_users_and_passwords_are_cut_out_of_uris(uri: str, shown: str) -> None:
+    assert redact_uri(uri) == shown

@@ -19,7 +19,7 @@ from jobs.bench.learn.arms import BASE, NONE, Arm, make_arms
 from jobs.bench.learn.prepare import LearnPrepareConfig, tokens_folder
 from jobs.bench.learn.report import collect, wins, write_plot, write_table
 from jobs.bench.learn.tasks import NUM_FRAMES
-from jobs.bench.learn.train import RESULT_NAME, ArmRun, Budget, run_arm, settings_of
+from jobs.bench.learn.train import RESULT_NAME, SETTINGS_NAME, ArmRun, Budget, run_arm, settings_of
 from jobs.config import from_plain, to_plain
 from jobs.folder import lock_folder
 from jobs.result import JobResult
@@ -165,14 +165,12 @@ def _prepared(folder: Path) -> LearnPrepareConfig:
 
 
 def _is_done(run: ArmRun) -> bool:
-    path = run.folder / RESULT_NAME
-    if not path.exists():
-        return False
-    if json.loads(path.read_text())["settings"] != settings_of(run):
+    path = run.folder / SETTINGS_NAME
+    if path.exists() and json.loads(path.read_text()) != settings_of(run):
         raise ConfigError(
-            f"{run.folder} was made with other settings; choose another output folder, or delete this one"
+            f"{run.folder} was begun with other settings; choose another output folder, or delete this one"
         )
-    return True
+    return (run.folder / RESULT_NAME).exists()
 
 
 def _run_all(todo: Sequence[ArmRun], config: LearnAblationsConfig, parent_id: str) -> None:

@@ -33,6 +33,7 @@ from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.order import hash_keys
 
 RESULT_NAME = "result.json"
+SETTINGS_NAME = "settings.json"
 _PROBES: Mapping[str, Callable[..., ProbeResult]] = {
     "linear": linear_probe,
     "knn": knn_probe,
@@ -80,7 +81,9 @@ class ArmRun:
 
 
 def run_arm(run: ArmRun) -> None:
-    """Pre-train, measure, and write `result.json` last: where that is, nothing is left to do."""
+    """Write `settings.json`, pre-train, measure, and write `result.json`: where that is, nothing is left to do."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.folder / SETTINGS_NAME, json.dumps(settings_of(run)).encode())
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many arms at a time as there are cores are faster than threads that share them
     try:
