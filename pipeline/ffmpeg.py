@@ -33,6 +33,8 @@ DEMUXERS = (
 _STDERR_TAIL_CHARS = 600
 _STDERR_MAX_BYTES = 16 * 2**20
 _PIPE_BYTES = 2**20
+_NO_SEEK_S = 0.5
+"""Where B frames may be, ffmpeg seeks 3/23 s earlier than told in containers that seek by decoding time (AVI, FLV)."""
 _SMALL_FILE_BYTES = 256 * 2**20
 _SHARED_MEMORY = "/dev/shm"
 
@@ -71,6 +73,17 @@ def input_options(limits: FfmpegLimits) -> dict[str, str | int]:
 def input_words(limits: FfmpegLimits) -> list[str]:
     """`input_options` as words of a command line."""
     return [word for name, value in input_options(limits).items() for word in (f"-{name}", str(value))]
+
+
+def start_words(start_s: float) -> list[str]:
+    """Options of an input that put its time `start_s` at 0: a seek, which lands at a keyframe at or before it.
+
+    Close to the start it is read from its first packet instead: a seek to before that fails, and loses what is there.
+    Frames from before `start_s` have negative times; it is the caller's to drop them.
+    """
+    if start_s <= 0:
+        return []
+    return ["-ss", f"{start_s:.9f}"] if start_s > _NO_SEEK_S else ["-itsoffset", f"{-start_s:.9f}"]
 
 
 def command() -> list[str]:
