@@ -304,6 +304,21 @@ class TestManifestSpans:
         assert found[3].error and "beyond the end of the video, 10.000 s" in found[3].error.reason
         assert found[3].error.reject_class == "corrupt"
 
+    @pytest.mark.parametrize("storage", ["remux", "transcode"])
+    def test_one_that_ends_after_the_video_ends_with_it(self, storage: str) -> None:
+        """`planned`, which makes the key, stays as the manifest has it."""
+        found = [one for one, _ in cut(BIKES, spans((0, 100), (8, 100)), storage=storage)]
+        assert [one.planned.end_s for one in found] == [100, 100]
+        assert [one.span.end_s for one in found] == pytest.approx([10, 10])
+        for one in found:
+            assert one.info and one.span.duration_s == pytest.approx(one.info.duration_s)
+
+    @pytest.mark.parametrize("storage", ["remux", "transcode"])
+    def test_one_is_too_short_by_what_the_video_has_of_it(self, storage: str) -> None:
+        clips = ClipConfig(mode="manifest", min_s=3)
+        ((found, data),) = cut(BIKES, spans((8, 100)), storage=storage, clips=clips)
+        assert found.filtered == ("too-short", "2.000 s; clips.min_s is 3") and data == b"" and found.info is None
+
     def test_one_that_fails_costs_itself_alone(self, tmp_path: Path) -> None:
         path = write_counter(tmp_path / "c.mkv", 10)
         with path.open("rb") as file:
