@@ -38,7 +38,7 @@ class Cut:
     planned: the span that was asked for; its start is unique within the video (mode manifest: as the manifest's is), so
         keys come from it.
     span: the span that the stored file really holds. It differs from `planned` with storage remux, which starts at the
-        last keyframe at or before the planned start.
+        last keyframe at or before the planned start, and where a manifest's span ends after the video.
     clip: the file, open at its start, unnamed, valid until the next `Cut` is asked for; None: the input as it is.
     info: of the stored file; None where there is none.
     ext: the stored file's extension, without a dot; "" where there is none.

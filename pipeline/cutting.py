@@ -71,7 +71,7 @@ def _cut(file: IO[bytes], info: VideoInfo, spans: Sequence[ClipSpan] | None, set
     if spans is None and settings.clips.mode == "shots":
         if settings.storage == "transcode":
             for shot in encode_shots(file, info, settings):
-                yield _keep(shot, settings)
+                yield _keep(replace(shot, filtered=too_short(shot.span, settings)), settings)
             return
         watched = watch_file(file, info, settings.clips.cut_threshold, settings.limits)
         duration_s, frame_s = watched.num_frames / watched.rate_hz, 1 / watched.rate_hz
@@ -91,8 +91,10 @@ def _cut_span(file: IO[bytes], info: VideoInfo, span: ClipSpan, settings: CutSet
                 "corrupt",
                 f"[{span.start_s:g}, {span.end_s:g}) s is beyond the end of the video, {info.duration_s:.3f} s",
             )
-        if too_short(span, settings):
-            return _keep(cut, settings)
+        if not watched:  # shots end where the frames do, which may be after the stated end
+            cut = replace(cut, span=replace(span, end_s=min(span.end_s, info.duration_s)))
+        if filtered := too_short(cut.span, settings):
+            return replace(cut, filtered=filtered)
         if watched and settings.quality.score:
             cut = replace(cut, scores=watched.scores(span))
             if failed_threshold(cut.scores or {}, settings.quality.keep):
@@ -111,7 +113,7 @@ def _copy(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> 
 
 
 def _remux(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Cut:
-    made = remux_span(file, info, cut.planned, settings.limits, file.seek(0, 2), settings.audio)
+    made = remux_span(file, info, cut.span, settings.limits, file.seek(0, 2), settings.audio)
     scores = cut.scores
     if settings.quality.score and scores is None:
         scores = _score(made.file, info, replace(cut, span=made.span), settings)
@@ -120,7 +122,7 @@ def _remux(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) ->
 
 
 def _transcode(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Cut:
-    span = cut.planned
+    span = cut.span
     watch = Watch(info, span.duration_s, settings.clips.cut_threshold) if settings.quality.score else None
     clip, stored = transcode_span(file, info, span, settings.transcode, settings.limits, settings.audio, watch)
     scores = watch.scores() if watch else None
@@ -151,10 +153,10 @@ def _require_reach(end_s: float, info: VideoInfo) -> None:
 
 
 def _keep(cut: Cut, settings: CutSettings) -> Cut:
-    """The cut, filtered where a setting leaves it out."""
+    """The cut, without its file where it is filtered, or where a threshold filters it."""
     if cut.error:
         return cut
-    filtered = too_short(cut.planned, settings)
+    filtered = cut.filtered
     if not filtered and cut.scores is not None:
         filtered = failed_threshold(cut.scores, settings.quality.keep)
     if not filtered:

@@ -33,6 +33,8 @@ DEMUXERS = (
 _STDERR_TAIL_CHARS = 600
 _STDERR_MAX_BYTES = 16 * 2**20
 _PIPE_BYTES = 2**20
+_NO_SEEK_S = 0.5
+"""Where B frames may be, ffmpeg seeks 3/23 s earlier than told in containers that seek by decoding time (AVI, FLV)."""
 _SMALL_FILE_BYTES = 256 * 2**20
 _SHARED_MEMORY = "/dev/shm"
 
@@ -71,6 +73,17 @@ def input_options(limits: FfmpegLimits) -> dict[str, str | int]:
 def input_words(limits: FfmpegLimits) -> list[str]:
     """`input_options` as words of a command line."""
     return [word for name, value in input_options(limits).items() for word in (f"-{name}", str(value))]
+
+
+def start_words(start_s: float) -> list[str]:
+    """Options of an input that put its time `start_s` at 0: a seek, which lands at a keyframe at or before it.
+
+    Close to the start it is read from its first packet instead: a seek to before that fails, and loses what is there.
+    Frames from before `start_s` have negative times; it is the caller's to drop them.
+    """
+    if start_s <= 0:
+        return []
+    return ["-ss", f"{start_s:.9f}"] if start_s > _NO_SEEK_S else ["-itsoffset", f"{-start_s:.9f}"]
 
 
 def command() -> list[str]:
@@ -185,13 +198,13 @@ class Process:
                 start_new_session=True,
                 bufsize=0,
             )
+            self._limit(max(max_file_bytes, _STDERR_MAX_BYTES))
         except BaseException as error:
-            self._close()
+            self._end()
             if isinstance(error, FileNotFoundError):
                 message = f"{args[0]} is not installed; install ffmpeg (Debian: apt-get install ffmpeg)"
                 raise ConfigError(message) from None
             raise
-        self._limit(max(max_file_bytes, _STDERR_MAX_BYTES))
         for pipe in self._pipes:
             pipe.close_write()
         if self._process.stdin:
@@ -201,11 +214,7 @@ class Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._close()
+        self._end()
 
     def read(self) -> Iterator[tuple[Pipe, bytes]]:
         """Chunks of all outputs, each as soon as it is there, until all have ended."""
@@ -246,7 +255,7 @@ class Process:
         """Close its input, wait for its end, and raise what went wrong with it."""
         if self._process.stdin:
             self._process.stdin.close()
-        started_s = time.monotonic()
+        started_s, before_s = time.monotonic(), _children_cpu_s()
         try:
             self._process.wait(timeout=max(0.0, self._left_s))
         except subprocess.TimeoutExpired:
@@ -254,10 +263,15 @@ class Process:
         finally:
             self._left_s -= time.monotonic() - started_s
         code, tail = self._process.returncode, self._tail()
+        # At its limit the kernel kills with the signal that it uses when memory runs out; the time tells which it was. The
+        # softer SIGXCPU would not: ffmpeg catches it, and ends as after any other failure.
+        used_up = code == -signal.SIGKILL and _children_cpu_s() - before_s >= 0.9 * self._cpu_s
+        if code == -signal.SIGXCPU or used_up:
+            raise BadVideo("timeout", f"{self._program} used up {self._cpu_s} s of CPU time ({self._cpu_limit})", tail)
         if code == -signal.SIGXFSZ:
             raise BadVideo("too-large", f"{self._program} wrote a larger file than the probe promised", tail)
-        if code in (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT):
-            raise BadVideo("resources", f"{self._program} was killed by signal {-code}: {tail}", tail)
+        if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT):
+            raise BadVideo("resources", f"{self._program} was killed by signal {-code}: {tail or 'no message'}", tail)
         if code != 0:
             # 127 is the dynamic loader's: it could not map ffmpeg's own libraries, which says nothing about the video.
             no_memory = code == 127 or "Cannot allocate memory" in tail
@@ -265,14 +279,29 @@ class Process:
             raise BadVideo(reject_class, f"{self._program} failed: {tail or 'no message'}", tail)
 
     def _limit(self, max_file_bytes: int) -> None:
-        cpu_s = int(self._limits.timeout_s) + 1  # bounds ffmpeg even when we are killed and no one else watches it
+        self._cpu_s = int(self._limits.timeout_s) + 1  # bounds it even when we are killed and no one else watches it
+        self._cpu_limit = "limits.timeout_s"
         for kind, value in (
             (resource.RLIMIT_AS, self._limits.memory_bytes),
-            (resource.RLIMIT_CPU, cpu_s),
+            (resource.RLIMIT_CPU, self._cpu_s),
             (resource.RLIMIT_FSIZE, max_file_bytes),
         ):
             with contextlib.suppress(ProcessLookupError):  # it may have ended already
+                _, hard = resource.prlimit(self._process.pid, kind)
+                if (
+                    hard != resource.RLIM_INFINITY and hard < value
+                ):  # inherited: it holds anyway, and only root may raise it
+                    value = hard
+                    if kind == resource.RLIMIT_CPU:
+                        self._cpu_s, self._cpu_limit = hard, "this job's own limit, as of ulimit -t"
                 resource.prlimit(self._process.pid, kind, (value, value))
+
+    def _end(self) -> None:
+        if hasattr(self, "_process") and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._close()
 
     def _wait(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
         started_s = time.monotonic()
@@ -283,7 +312,9 @@ class Process:
         return ready
 
     def _timeout(self) -> BadVideo:
-        return BadVideo("timeout", f"ffmpeg took longer than {self._limits.timeout_s:g} s", self._tail())
+        return BadVideo(
+            "timeout", f"ffmpeg took longer than {self._limits.timeout_s:g} s (limits.timeout_s)", self._tail()
+        )
 
     def _tail(self) -> str:
         self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 4 * _STDERR_TAIL_CHARS))
@@ -300,3 +331,9 @@ class Process:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         self._stderr.close()
+
+
+def _children_cpu_s() -> float:
+    """CPU time of all children of this process that have ended and been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -15,6 +15,8 @@ from pipeline.packets import measure_duration
 
 _LAST_PACKETS = 3
 """Of all streams, read from the last keyframe on: sound may stand before the picture, and each frame costs its decoding."""
+_LEAST_SIDE_PX = 3
+"""A transcoded clip needs an even side, the score of sharpness three rows and columns."""
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
 
 
@@ -127,6 +129,10 @@ def _check(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
         )
     if info.width < 1 or info.height < 1:
         raise BadVideo("corrupt", f"the {info.codec} stream states no frame size")
+    if min(info.width, info.height) < _LEAST_SIDE_PX:
+        raise BadVideo(
+            "corrupt", f"a frame of {info.width} x {info.height} pixels; a side must have at least {_LEAST_SIDE_PX}"
+        )
     if not info.duration_s > 0 or not info.fps > 0:
         raise BadVideo("corrupt", f"the {info.codec} stream states a duration of {info.duration_s} s at {info.fps} fps")
     if info.duration_s > limits.max_duration_s:

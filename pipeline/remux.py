@@ -51,15 +51,20 @@ def remux_span(
     for lead_s in _LEADS_S:
         start_s = max(0.0, span.start_s - lead_s)
         made = _copy_packets(file, info, replace(span, start_s=start_s), limits, source_bytes, audio)
-        if made.span.start_s <= span.start_s + 0.5 / info.fps or start_s <= 0 or lead_s == _LEADS_S[-1]:
+        last = start_s <= 0 or lead_s == _LEADS_S[-1]
+        if made and (last or made.span.start_s <= span.start_s + 0.5 / info.fps):
             return made
-        made.file.close()
-    raise AssertionError("the last lead returns")
+        if last:
+            raise BadVideo("corrupt", f"no packet in [{span.start_s:g}, {span.end_s:g}) s")
+        if made:
+            made.file.close()
+    raise AssertionError("the last lead returns or raises")
 
 
 def _copy_packets(
     file: IO[bytes], info: VideoInfo, span: ClipSpan, limits: FfmpegLimits, source_bytes: int, audio: bool
-) -> Remuxed:
+) -> Remuxed | None:
+    """The packets from the keyframe that a seek to `span.start_s` finds; None where it finds none."""
     sound = audio and info.audio_codec
     mp4 = info.codec in _MP4_VIDEO and (not sound or info.audio_codec in _MP4_AUDIO)
     num_frames = (info.duration_s * 1.2 + 1) * min(info.fps, 1000)
@@ -72,8 +77,14 @@ def _copy_packets(
         out = stack.enter_context(ffmpeg.open_unnamed(int(source_bytes * share)))
         cut = [] if whole else _end_words(info, span.duration_s)
         command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-fflags", "+genpts"]
-        command += [] if whole else ["-ss", f"{span.start_s:.9f}"]
-        command += ["-i", ffmpeg.source_url(file), "-map", "0:V:0", *(["-map", "0:a:0"] if sound else [])]
+        command += [
+            *ffmpeg.start_words(span.start_s),
+            "-i",
+            ffmpeg.source_url(file),
+            "-map",
+            "0:V:0",
+            *(["-map", "0:a:0"] if sound else []),
+        ]
         command += ["-c", "copy", *cut, "-avoid_negative_ts", "make_zero", *(MP4 if mp4 else _MATROSKA)]
         command += [ffmpeg.source_url(out), "-map", "0:V:0", *cut, *packets.output()]
         with Process(command, [file, out], limits, pipes=[packets.pipe], max_file_bytes=bound) as process:
@@ -81,7 +92,7 @@ def _copy_packets(
                 packets.take(chunk)
             process.finish()
         if not packets.count:
-            raise BadVideo("corrupt", f"no packet in [{span.start_s:g}, {span.end_s:g}) s")
+            return None
         out.seek(0)
         stack.pop_all()
     stored = replace(

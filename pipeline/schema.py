@@ -27,7 +27,7 @@ REJECT_CLASSES = (
     "corrupt",  # a container that cannot be decoded
     "too-large",  # resolution, duration or frame budget exceeded
     "duplicate",  # the same bytes as an earlier file
-    "timeout",  # ffmpeg ran out of wall-clock time
+    "timeout",  # ffmpeg ran out of wall-clock or CPU time
     "resources",  # ffmpeg ran out of memory or was killed
 )
 SCORES = ("black", "frozen", "letterbox", "brightness", "sharpness", "motion", "cuts_per_min")

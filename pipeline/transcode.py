@@ -78,7 +78,7 @@ def transcode_span(
         BadVideo: the span cannot be decoded, holds no frame, or a limit was exceeded.
     """
     bound = max_encoded_bytes(info, span.duration_s, config, limits)
-    graph = [f"[0:V:0]trim=end={span.duration_s:.9f}{',split=2[picture][look]' if watch else '[picture]'}"]
+    graph = [f"[0:V:0]trim=start=0:end={span.duration_s:.9f}{',split=2[picture][look]' if watch else '[picture]'}"]
     if watch:
         graph += [f"[look]{constant_rate(info)}[looked]", watch.graph("looked")]
     rate = f"fps={config.fps:.10g}," if config.fps else ""
@@ -88,7 +88,7 @@ def transcode_span(
         graph += [f"[0:a:0]{_sound(span)}[sound]"]
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(ffmpeg.open_unnamed(bound))
-        command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-ss", f"{span.start_s:.9f}"]
+        command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *ffmpeg.start_words(span.start_s)]
         command += ["-i", ffmpeg.source_url(file), "-filter_complex", ";".join(graph), "-map", "[video]"]
         command += ["-map", "[sound]", *_AUDIO] if sound else []
         command += [*encoder_words(config), *MP4, ffmpeg.source_url(out)]
@@ -114,7 +114,8 @@ def add_sound(clip: IO[bytes], source: IO[bytes], span: ClipSpan, limits: Ffmpeg
     bound = clip_bytes + 2**20 + int(2**16 * span.duration_s)
     out = ffmpeg.open_unnamed(bound)
     command = [*ffmpeg.command(), "-i", ffmpeg.source_url(clip), *ffmpeg.input_words(limits)]
-    command += ["-ss", f"{span.start_s:.9f}", "-i", ffmpeg.source_url(source), "-map", "0:v:0", "-c:v", "copy"]
+    command += [*ffmpeg.start_words(span.start_s), "-i", ffmpeg.source_url(source)]
+    command += ["-map", "0:v:0", "-c:v", "copy"]
     command += ["-filter_complex", f"[1:a:0]{_sound(span)}[sound]", "-map", "[sound]", *_AUDIO]
     command += [*MP4, ffmpeg.source_url(out)]
     try:
@@ -128,7 +129,7 @@ def add_sound(clip: IO[bytes], source: IO[bytes], span: ClipSpan, limits: Ffmpeg
 
 def _sound(span: ClipSpan) -> str:
     # From the first frame on, whatever is missing filled with silence, so that it stays in step.
-    return f"atrim=end={span.duration_s:.9f},aresample=async=1:first_pts=0"
+    return f"atrim=start=0:end={span.duration_s:.9f},aresample=async=1:first_pts=0"
 
 
 def describe_mp4(out: IO[bytes], codec: str, audio_codec: str) -> VideoInfo | None:

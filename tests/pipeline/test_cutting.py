@@ -190,6 +190,31 @@ class TestTranscode:
             same_as_probed(found, data)
 
 
+class TestBFrames:
+    """Containers that seek by decoding time: ffmpeg moves a seek in them back, which must not lose the start."""
+
+    @pytest.fixture(params=[("flv", "libx264"), ("avi", "libx264"), ("avi", "mpeg4")], ids=" ".join)
+    def path(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        suffix, codec = request.param
+        extra = ["-bf", "2", "-g", "25"]
+        return make_clip(tmp_path / f"c.{suffix}", seconds=4, fps=25, codec=codec, extra=extra)
+
+    def test_transcoded(self, tmp_path: Path, path: Path) -> None:
+        windows = spans((0, 2), (2, 4))
+        for wanted, num_frames in ((None, [100]), (windows, [50, 50]), (spans((0.04, 1), (0.12, 1)), [24, 22])):
+            found = cut(path, wanted)
+            assert [one.error for one, _ in found] == [None] * len(num_frames)
+            assert [one.info and round(one.info.duration_s * one.info.fps) for one, _ in found] == num_frames
+
+    @pytest.mark.parametrize("start_s", [0, 0.04, 0.6])
+    def test_remuxed(self, tmp_path: Path, path: Path, start_s: float) -> None:
+        """Each of these begins at the first keyframe."""
+        ((found, data),) = cut(path, spans((start_s, 2)), storage="remux")
+        assert found.error is None and found.span.start_s == pytest.approx(0, abs=1 / 25 + 1e-6)
+        (tmp_path / "clip").write_bytes(data)
+        assert hashes(tmp_path / "clip")[:45] == hashes(path)[:45]  # the last few may need a frame beyond the end
+
+
 class TestShots:
     def test_frames_and_scores(self) -> None:
         """Each shot holds exactly its frames, and is scored for itself alone."""
@@ -278,6 +303,21 @@ class TestManifestSpans:
         assert [one.error is None for one in found] == [True, True, True, False]
         assert found[3].error and "beyond the end of the video, 10.000 s" in found[3].error.reason
         assert found[3].error.reject_class == "corrupt"
+
+    @pytest.mark.parametrize("storage", ["remux", "transcode"])
+    def test_one_that_ends_after_the_video_ends_with_it(self, storage: str) -> None:
+        """`planned`, which makes the key, stays as the manifest has it."""
+        found = [one for one, _ in cut(BIKES, spans((0, 100), (8, 100)), storage=storage)]
+        assert [one.planned.end_s for one in found] == [100, 100]
+        assert [one.span.end_s for one in found] == pytest.approx([10, 10])
+        for one in found:
+            assert one.info and one.span.duration_s == pytest.approx(one.info.duration_s)
+
+    @pytest.mark.parametrize("storage", ["remux", "transcode"])
+    def test_one_is_too_short_by_what_the_video_has_of_it(self, storage: str) -> None:
+        clips = ClipConfig(mode="manifest", min_s=3)
+        ((found, data),) = cut(BIKES, spans((8, 100)), storage=storage, clips=clips)
+        assert found.filtered == ("too-short", "2.000 s; clips.min_s is 3") and data == b"" and found.info is None
 
     def test_one_that_fails_costs_itself_alone(self, tmp_path: Path) -> None:
         path = write_counter(tmp_path / "c.mkv", 10)

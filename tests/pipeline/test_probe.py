@@ -137,6 +137,18 @@ def test_other_files(tmp_path: Path, name: str, data: bytes, reject_class: str) 
     assert refusal(tmp_path / name).reject_class == reject_class
 
 
+def test_a_side_of_less_than_3_px(tmp_path: Path) -> None:
+    """Nothing could be made of it: no even size, no square for the scores."""
+    for width, height in ((8, 3), (8, 2), (1, 8)):
+        ffmpeg("-f", "lavfi", "-i", f"testsrc2=d=1,scale={width}:{height}", tmp_path / "small.gif")
+        if height == 3:
+            assert look_at(tmp_path / "small.gif").height == 3
+            continue
+        bad = refusal(tmp_path / "small.gif")
+        assert bad.reject_class == "corrupt"
+        assert bad.reason == f"a frame of {width} x {height} pixels; a side must have at least 3"
+
+
 def test_sound_is_no_video(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "pcm_s16le", tmp_path / "sound.wav")
     bad = refusal(tmp_path / "sound.wav")
