@@ -311,10 +311,17 @@ def _is_inside(corpus: Store, path: str) -> bool:
 
 
 def _hash(file: IO[bytes]) -> str:
-    """SHA-256 of an open file, in hex; leaves its position alone, so that ffmpeg can read it at the same time."""
+    """SHA-256 of an open file, in hex; leaves its position alone, so that ffmpeg can read it at the same time.
+
+    Raises:
+        TransientIO: the file cannot be read.
+    """
     hasher, offset = hashlib.sha256(), 0
     buffer = memoryview(bytearray(2**20))
-    while count := os.preadv(file.fileno(), [buffer], offset):
-        hasher.update(buffer[:count])
-        offset += count
+    try:
+        while count := os.preadv(file.fileno(), [buffer], offset):
+            hasher.update(buffer[:count])
+            offset += count
+    except OSError as error:
+        raise TransientIO(f"cannot be read from byte {offset} on: {error.strerror}") from error
     return hasher.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -379,6 +380,32 @@ class TestRetry:
         for attempt in (1, 2, 3):
             shard(corpus, tmp_path, ShardSettings(), retry=["not-video"])
             assert [reject.attempts for reject in rejects_of(tmp_path)] == [attempt]
+
+    def test_a_file_that_cannot_be_read_costs_only_its_clips(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk fails under one file after ffmpeg has read it; tried again, all is as if it never had."""
+        folder = tmp_path / "corpus"
+        folder.mkdir()
+        for name in ("a.mp4", "b.mkv"):
+            shutil.copy(corpus / name, folder / name)
+        original = os.preadv
+
+        def fail(descriptor: int, *args: Any) -> int:
+            if Path(f"/proc/self/fd/{descriptor}").readlink() == folder / "a.mp4":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(descriptor, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            assert shard(folder, tmp_path / "out", WINDOWS).rejected == Counter({"storage": 3})
+        rejects = rejects_of(tmp_path / "out")
+        assert {(one.path, one.reason) for one in rejects} == {
+            ("a.mp4", "cannot be read from byte 0 on: Input/output error")
+        }
+        shard(folder, tmp_path / "out", WINDOWS, retry=["storage"])
+        shard(folder, tmp_path / "whole", WINDOWS)
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
     def test_filtered_clips_stay_filtered(self, corpus: Path, tmp_path: Path) -> None:
         config = replace(WINDOWS, clips=ClipConfig(mode="window", window_s=1.0, min_s=0.6))
