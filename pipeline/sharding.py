@@ -307,7 +307,8 @@ def _reject(ref: VideoRef, bad: BadVideo, key: str) -> Reject:
 
 
 def _is_inside(corpus: Store, path: str) -> bool:
-    return os.path.realpath(corpus.path(path)).startswith(f"{os.path.realpath(corpus.path())}{os.sep}")
+    root = os.path.realpath(corpus.path()).rstrip(os.sep) + os.sep  # of / too
+    return os.path.realpath(corpus.path(path)).startswith(root)
 
 
 def _hash(file: IO[bytes]) -> str:

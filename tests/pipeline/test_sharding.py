@@ -24,7 +24,7 @@ from pipeline.ledger import Ledger
 from pipeline.plan_file import name_changes, read_plan_shards
 from pipeline.planning import ShardPlan, plan_shards
 from pipeline.quality import QualityConfig
-from pipeline.schema import REJECT_CLASSES, Reject, draw_split
+from pipeline.schema import REJECT_CLASSES, Reject, VideoRef, draw_split
 from pipeline.sharding import ShardSettings, describe_clips, write_clip_shard
 from pipeline.shards import ShardInfo, read_payload
 from pipeline.storage import LocalStore, Store
@@ -175,6 +175,11 @@ class TestCopy:
         os.mkfifo(folder / "b.mkv")
         info = write_first_shard(plan, tmp_path / "out")
         assert info.ledger.rejected == Counter({"not-video": 1, "outside-corpus": 1, "unreadable": 1})
+
+    def test_the_root_of_the_file_system_holds_every_file(self, corpus: Path, tmp_path: Path) -> None:
+        refs = [VideoRef(path=str(corpus / "b.mkv")[1:])]
+        written = write_clip_shard(Store.at(tmp_path), "f" * 32, 0, Store.at("/"), refs, ShardSettings())
+        assert written.info.ledger.committed == 1
 
     def test_scores_without_cutting(self, corpus: Path, tmp_path: Path) -> None:
         shard(corpus, tmp_path, ShardSettings(quality=QualityConfig(score=True)))
