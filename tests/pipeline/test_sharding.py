@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
 from pipeline.plan_file import name_changes, read_plan_shards
@@ -380,6 +380,36 @@ class TestRetry:
         assert {name for name in opened if "." in name and (corpus / name).exists()} == {"a.mp4", "e.mp4"}
         ours, theirs = files_of(tmp_path / "out"), files_of(tmp_path / "whole")
         assert ours == theirs
+
+    @pytest.mark.parametrize("storage", ["copy", "transcode"])
+    def test_equal_videos_of_a_shard(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Literal["copy", "transcode"]
+    ) -> None:
+        """Whichever of them failed at first: tried again, the first is a sample and the other its duplicate."""
+        folder = tmp_path / "corpus"
+        folder.mkdir()
+        for name in ("a.mp4", "z.mp4"):
+            shutil.copy(corpus / "b.mkv", folder / name)
+        config = ShardSettings(duplicates="keep", storage=storage)
+        assert shard(folder, tmp_path / "whole", config).rejected == Counter({"duplicate": 1})
+        original = LocalStore.open
+        for failing in ("a.mp4", "z.mp4"):
+
+            def fail(self: LocalStore, name: str, failing: str = failing, **options: Any) -> Any:
+                if name == failing:
+                    raise TransientIO("failed 5 times")
+                return original(self, name, **options)
+
+            out = tmp_path / failing
+            with monkeypatch.context() as patch:
+                patch.setattr(LocalStore, "open", fail)
+                assert shard(folder, out, config).rejected == Counter({"storage": 1})
+            shard(folder, out, config, retry=["storage"])
+            assert rows_of(out) == rows_of(tmp_path / "whole")
+            books = [[replace(one, attempts=1) for one in rejects_of(place)] for place in (out, tmp_path / "whole")]
+            assert books[0] == books[1]
+            shard(folder, out, config, retry=["duplicate"])
+            assert rows_of(out) == rows_of(tmp_path / "whole")
 
     def test_attempts_are_counted(self, corpus: Path, tmp_path: Path) -> None:
         for attempt in (1, 2, 3):
