@@ -80,8 +80,8 @@ def open_corpus(corpus: str | Path, *, root: str = "", include: str = "*", spans
     return Corpus(store=store, tables=_listed(store, expressions))
 
 
-Examine = Callable[[str], Entry | tuple[str, str] | None]
-"""From a path to its size and time, or the class and reason of its reject; None: nobody knows now."""
+Examine = Callable[[str], Entry | tuple[str, str]]
+"""From a path to its size and time, or the class and reason of its reject."""
 
 
 def make_examine(root: Path) -> Examine:

@@ -40,7 +40,6 @@ def listed(corpus: Path | str, **options: Any) -> tuple[list[str], dict[str, str
             if isinstance(found, Entry):
                 paths.append(row["path"])
             else:
-                assert found is not None
                 rejects[row["path"]] = found[0]
     return sorted(paths), rejects
 

@@ -97,7 +97,12 @@ class TestFiles:
             entry = store.stat("odd.mp4")
         except (PermissionError, TransientIO):
             return
-        assert entry is not None and 0 <= entry.size_bytes < 2**63 and 0 <= entry.mtime_ns < 2**63
+        assert entry is not None and 0 <= entry.mtime_ns < 2**63
+        assert entry.size_bytes is None or 0 <= entry.size_bytes < 2**63
+
+    def test_a_length_that_is_not_stated(self, server: WebServer, store: Store) -> None:
+        server.pages["/root/b.mp4"] = Page(body=DATA, is_chunked=True)
+        assert store.stat("b.mp4") == Entry(name="b.mp4", size_bytes=None, mtime_ns=1445412480 * 10**9)
 
 
 class TestBadMoments:
