@@ -16,16 +16,15 @@ from typing import IO, Any, Literal
 from pipeline.clips import ClipConfig
 from pipeline.cut import Cut
 from pipeline.cutting import check_storage, cut_video, needs_check
-from pipeline.dataset import DatasetMeta
+from pipeline.dataset import DatasetMeta, read_rejects_file
 from pipeline.decode import require_decodable
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.parquet import parse_parquet
 from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig
 from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, fingerprint
-from pipeline.shards import ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
+from pipeline.shards import PLACE, ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
 from pipeline.storage import LOCAL_TROUBLE, Store
 from pipeline.transcode import TranscodeConfig
 
@@ -236,8 +235,8 @@ class _Previous:
             self._rows[row["source"]].append(row)
         self._rejects: dict[str, list[Reject]] = defaultdict(list)
         if store.exists(rejects_name(shard)):
-            for record in parse_parquet(store.read(rejects_name(shard))).to_pylist():
-                self._rejects[record["path"]].append(Reject(**record))
+            for reject in read_rejects_file(store, rejects_name(shard)):
+                self._rejects[reject.path].append(reject)
         self._tar = store.open(shard_name(shard))
 
     def __enter__(self) -> _Previous:
@@ -273,10 +272,7 @@ class _Previous:
 def _same(row: dict[str, Any], digest: str) -> dict[str, Any]:
     if digest != row["sha256"]:
         raise DatasetError(f"sample {row['key']} is damaged; run `tokenreel verify --repair` first")
-    return {name: value for name, value in row.items() if name not in _PLACED}
-
-
-_PLACED = ("shard", "offset", "size", "sha256", "json_offset", "json_size")
+    return {name: value for name, value in row.items() if name != "shard" and name not in PLACE}
 
 
 def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_fraction: float) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def test_a_full_disk_is_no_reject(clips: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_storage_that_fails_is_a_class_of_its_own(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(store: Store, row: dict[str, Any]) -> NoReturn:
-        raise TransientIO("s3://bucket/x: reading shards/000000.tar: failed 5 times", attempts=5)
+        raise TransientIO("s3://bucket/x: reading shards/000000.tar: failed 5 times")
 
     monkeypatch.setattr(tokenizing, "read_payload", fail)
     outcome = decode_clip(Store.at(clips), read_index(clips).to_pylist()[0], SETTINGS)

@@ -115,9 +115,9 @@ class TestBadMoments:
     @pytest.mark.parametrize("call", ["stat", "read", "open", "read_range"])
     def test_attempts_are_bounded(self, server: WebServer, store: Store, call: str) -> None:
         server.pages["/root/b.mp4"] = Page(body=DATA, failures=99)
-        with pytest.raises(TransientIO, match=r"/root: .* b.mp4: failed 5 times, at last: HTTP status 503") as caught:
+        with pytest.raises(TransientIO, match=r"/root: .* b.mp4: failed 5 times, at last: HTTP status 503"):
             getattr(store, call)("b.mp4", *((0, 1) if call == "read_range" else ()))
-        assert caught.value.attempts == len(server.requests) == 5
+        assert len(server.requests) == 5
 
     @pytest.mark.parametrize("is_chunked", [False, True])
     @pytest.mark.parametrize("sent_bytes", [0, 1, 5000])
