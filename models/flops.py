@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import torch
 
@@ -18,13 +19,16 @@ from models.layers import line_shape
 from models.vimpac_config import ATTENTIONS, VimpacConfig, VimpacObjectiveConfig
 
 _TRAINING_OVER_FORWARD = 3
-_PEAK_TFLOPS = {  # part of a device's name -> dense bf16, fp32 without TF32, from data sheets; the first match counts
+_PEAK_TFLOPS = {  # words of a device's name -> dense bf16, fp32 without TF32, from data sheets; the first match counts
     "GH200": (989, 67),
+    "H200 NVL": (835, 60),
     "H200": (989, 67),
+    "H100 NVL": (835, 60),
     "H100 PCIe": (756, 51),
     "H100": (989, 67),
     "A100": (312, 19.5),
     "L40S": (362, 91.6),
+    "L40": (181, 90.5),
     "L4": (121, 30.3),
     "A10G": (70, 35),
 }
@@ -69,5 +73,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def peak_of(device_name: str, precision: str) -> float | None:
     """`peak_flops` by the name that the driver gives a GPU."""
-    found = next((peaks for part, peaks in _PEAK_TFLOPS.items() if part in device_name), None)
+    # Whole words: an L4 is no L40.
+    found = next((peaks for words, peaks in _PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", device_name)), None)
     return None if found is None else found[precision == "fp32"] * 1e12

@@ -1,7 +1,7 @@
 """A corpus as Arrow tables: a folder of files, a glob, or a manifest that names them.
 
-Nothing here opens a video. What cannot be an input (a link out of the corpus, a device, a bad row) stays a row with its
-class and reason, so that the books account for every entry.
+Nothing here opens a video. What cannot be an input (a link out of the corpus, a device, a bad row, a folder that may not
+be listed) stays a row with its class and reason, so that the books account for every entry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TransientIO
 from pipeline.manifest import ROWS, read_manifest
 from pipeline.manifest_formats import FORMATS
 from pipeline.patterns import pattern_part, translate
@@ -52,7 +52,8 @@ def open_corpus(corpus: str | Path, *, root: str = "", include: str = "*", spans
 
     Raises:
         ConfigError: there is no such corpus, or it does not fit the other arguments; from the tables, the manifest
-            cannot be read or names spans where none are asked for.
+            cannot be read or names spans where none are asked for, or the folder itself may not be listed.
+        TransientIO: from the tables, the disk fails while a folder is listed.
     """
     base, query = _split_query(str(corpus))
     pattern = "" if _is_there(base) else pattern_part(base)
@@ -79,8 +80,8 @@ def open_corpus(corpus: str | Path, *, root: str = "", include: str = "*", spans
     return Corpus(store=store, tables=_listed(store, expressions))
 
 
-Examine = Callable[[str], Entry | tuple[str, str] | None]
-"""From a path to its size and time, or the class and reason of its reject; None: nobody knows now."""
+Examine = Callable[[str], Entry | tuple[str, str]]
+"""From a path to its size and time, or the class and reason of its reject."""
 
 
 def make_examine(root: Path) -> Examine:
@@ -139,13 +140,19 @@ def _store(place: str) -> Store:
 
 
 def _listed(store: Store, expressions: list[str]) -> Iterator[pa.Table]:
-    names = _walk(store.path()) if store.is_local else ((entry.name, entry) for entry in store.walk())
+    closed: list[tuple[str, str]] = []
+    names = _walk(store.path(), closed) if store.is_local else ((entry.name, entry) for entry in store.walk())
     while chunk := list(islice(names, _CHUNK_ROWS)):
         yield _match(chunk, expressions)
+    if closed:  # whatever the expressions: any file may lie in there
+        rows = [
+            {"row": 0, "path": _text(path), "reject_class": "unreadable", "reason": reason} for path, reason in closed
+        ]
+        yield pa.Table.from_pylist(rows, schema=ROWS)
 
 
 def _match(chunk: list[tuple[str, Entry | None]], expressions: list[str]) -> pa.Table:
-    paths = [name.encode(errors="backslashreplace").decode() for name, _ in chunk]
+    paths = [_text(name) for name, _ in chunk]
     strange = [path != name for path, (name, _) in zip(paths, chunk, strict=True)]
     columns = {
         "row": [0] * len(chunk),
@@ -161,8 +168,23 @@ def _match(chunk: list[tuple[str, Entry | None]], expressions: list[str]) -> pa.
     return table
 
 
-def _walk(root: Path) -> Iterator[tuple[str, None]]:
-    for folder, folders, files in os.walk(root):  # links to folders are listed below, never followed
+def _text(name: str) -> str:
+    """A file's name with what is not UTF-8 in it spelled out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _walk(root: Path, closed: list[tuple[str, str]]) -> Iterator[tuple[str, None]]:
+    """Names of files and of links to folders; folders below the root that may not be listed go to `closed`, with why."""
+
+    def note(error: OSError) -> None:
+        why = f"cannot be listed: {error.strerror}"
+        if not isinstance(error, PermissionError):  # it may pass, and a part of the corpus would be missing unseen
+            raise TransientIO(f"folder {error.filename} {why}") from error
+        if Path(error.filename) == root:
+            raise ConfigError(f"corpus {root} {why}")
+        closed.append((Path(error.filename).relative_to(root).as_posix(), f"a folder that {why}"))
+
+    for folder, folders, files in os.walk(root, onerror=note):  # links to folders are listed below, never followed
         relative = Path(folder).relative_to(root)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links = [name for name in folders if (Path(folder) / name).is_symlink()]

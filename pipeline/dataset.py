@@ -21,7 +21,7 @@ from pipeline.ledger import Ledger
 from pipeline.parquet import parse_parquet
 from pipeline.plan_file import PLAN_NAME
 from pipeline.schema import SCHEMA_VERSION, Reject
-from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_info, shard_name
+from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_info
 from pipeline.storage import Store
 
 _META = "dataset.json"
@@ -265,11 +265,6 @@ def read_rejects(place: Place) -> Iterator[Reject]:
 def read_rejects_file(store: Store, name: str) -> list[Reject]:
     """The rejects of one file."""
     return [Reject(**row) for row in parse_parquet(store.read(name)).to_pylist()]
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    """Where the tar of a shard lies in a local dataset."""
-    return folder / shard_name(shard)
 
 
 def _differences(

@@ -37,13 +37,16 @@ def find_duplicates(
 ) -> Iterator[pa.Table]:
     """Tables `path, size_bytes, first` of the files whose bytes are those of `first`, the first by path of its kind.
 
-    Empty files and those without a size are left out: they are rejected for what they are. So are files that cannot be
-    read here; the shard stage will say why.
+    Empty files are left out: they are rejected for what they are. So are those whose size nobody states, and those that
+    are missing or may not be read; of the latter the shard stage will say why.
 
     Args:
         videos: tables with `path` (each once) and `size_bytes`.
         scratch: folder for temporary files, some 100 bytes a video.
         map_files: runs `hash_ends` and `hash_whole`; threads of this process where it is None.
+
+    Raises:
+        TransientIO: the storage failed on every attempt; without that file nobody knows what is a copy.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         map_files = map_files or pool.map

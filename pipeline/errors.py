@@ -16,11 +16,7 @@ class DatasetError(TokenreelError):
 
 
 class TransientIO(TokenreelError):
-    """Storage failed in a way that may pass; the caller may retry. `attempts` counts how often it was tried."""
-
-    def __init__(self, message: str, *, attempts: int = 1) -> None:
-        super().__init__(message)
-        self.attempts = attempts
+    """Storage failed in a way that may pass; the caller may retry."""
 
 
 class BadVideo(TokenreelError):

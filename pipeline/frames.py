@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,13 +14,15 @@ import torch
 
 from pipeline.dataset import read_index, read_meta
 from pipeline.decode import FrameConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DatasetError, TransientIO
 from pipeline.loader import select_rows
 from pipeline.order import GlobalOrder, draw_seeds, hash_keys
 from pipeline.quality import QualityThresholds
 from pipeline.schema import Reject, Split
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,8 @@ class FrameLoader:
         self._step_clips, self._slice = clips, (rank * clips // world_size, (rank + 1) * clips // world_size)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
+        self._grey = np.full((1, config.frames.size_px, config.frames.size_px, 3), 128, np.uint8)
+        self._warned: set[int] = set()
         self._pool = ThreadPoolExecutor(config.decode_threads, "decode")
 
     def __len__(self) -> int:
@@ -81,8 +86,12 @@ class FrameLoader:
     def batch(self, step: int) -> dict[str, Any]:
         """{"frames": uint8 (b h w c) tensor, "keys": list of clip keys}: this rank's part of the batch of `step`.
 
-        A clip that cannot be decoded (a damaged shard; the shard stage has decoded each one) gives grey frames rather
-        than another clip's, so that the order stands.
+        A clip whose bytes are there but give no frame (copied and remuxed clips need not have been decoded whole before)
+        gives grey frames rather than another clip's, so that the order stands; its reason is logged, once.
+
+        Raises:
+            DatasetError: a shard is missing or cannot be read.
+            TransientIO: the storage failed on every attempt.
         """
         start = step * self._step_clips
         epochs, samples = self._order.samples(start + self._slice[0], start + self._slice[1])
@@ -100,7 +109,7 @@ class FrameLoader:
         for sample in samples:
             if sample in self._cache:
                 self._cache.move_to_end(sample)
-            elif decoded[sample].nbytes <= self._config.cache_bytes:
+            elif decoded[sample] is not self._grey and decoded[sample].nbytes <= self._config.cache_bytes:
                 self._cache[sample] = decoded[sample]
                 self._cached_bytes += decoded[sample].nbytes
         while self._cached_bytes > self._config.cache_bytes:
@@ -109,6 +118,18 @@ class FrameLoader:
 
     def _decode_one(self, sample: int) -> np.ndarray:
         outcome = decode_clip(self._store, self._rows[sample], self._settings)
-        if isinstance(outcome, Reject):
-            return np.full((1, self._config.frames.size_px, self._config.frames.size_px, 3), 128, np.uint8)
-        return outcome
+        if not isinstance(outcome, Reject):
+            return outcome
+        # Grey in place of what is only out of reach would train a model on nothing, and nobody would know.
+        if outcome.reject_class == "storage":
+            raise TransientIO(f"{self._store}: clip {outcome.key}: {outcome.reason}")
+        if outcome.reject_class == "unreadable":
+            raise DatasetError(
+                f"{self._store}: clip {outcome.key} cannot be read: {outcome.reason}; run `tokenreel verify {self._store}`"
+            )
+        if sample not in self._warned:
+            self._warned.add(sample)
+            log.warning(
+                f"{self._store}: clip {outcome.key} gives grey frames: {outcome.reject_class}: {outcome.reason}"
+            )
+        return self._grey

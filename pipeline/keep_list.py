@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import shards
 from pipeline.dataset import DatasetMeta
 from pipeline.errors import ConfigError
 from pipeline.parquet import parse_parquet
@@ -20,9 +19,7 @@ _MADE_FOR = b"tokenreel.made_for"
 def to_parquet(table: pa.Table, meta: DatasetMeta) -> bytes:
     """A file of `table` that names the dataset `meta` that it is about."""
     made_for = json.dumps({"fingerprint": meta.fingerprint, "content": meta.content})
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_MADE_FOR: made_for}), buffer)
-    return buffer.getvalue()
+    return shards.to_parquet(table.replace_schema_metadata({_MADE_FOR: made_for}))
 
 
 def read_keep_list(path: Path, meta: DatasetMeta) -> pa.ChunkedArray:

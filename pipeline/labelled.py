@@ -61,7 +61,8 @@ class LabelledClips:
         pad: token that stands where a video is shorter than the window.
 
     Raises:
-        ConfigError: the frame rate or the grid cannot be read from these tokens, or the manifest names none of the videos.
+        ConfigError: the frame rate or the grid cannot be read from these tokens, or the manifest has a row that cannot be used
+            or names no training video.
     """
 
     def __init__(self, place: Place, config: LabelledConfig, window: tuple[int, int, int], pad: int) -> None:
@@ -182,9 +183,10 @@ class LabelledClips:
     def _apply_manifest(self, path: Path) -> None:
         named: dict[str, tuple[Any, Any]] = {}
         for table in read_manifest(Store.at(path.parent), path.name):
-            good = table.filter(pc.is_null(table["reject_class"]))
+            if reasons := table["reason"].drop_null().to_pylist():
+                raise ConfigError(f"loader.splits = {path}: {reasons[0]}")
             for source, label, split in zip(
-                *(good[name].to_pylist() for name in ("path", "label", "split")), strict=True
+                *(table[name].to_pylist() for name in ("path", "label", "split")), strict=True
             ):
                 if named.setdefault(source, (label, split)) != (label, split):
                     raise ConfigError(

@@ -109,7 +109,7 @@ def _cut(paths: list[str], size: int = 256) -> Iterator[list[str]]:
     return (paths[start : start + size] for start in range(0, len(paths), size))
 
 
-def _ask(store: Store, path: str) -> Entry | tuple[str, str] | None:
+def _ask(store: Store, path: str) -> Entry | tuple[str, str]:
     try:
         entry = store.stat(path)
     except OSError as error:

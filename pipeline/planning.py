@@ -8,6 +8,7 @@ the working folder: rows are spread over files by that hash, and each file is so
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pipeline.plan_order import Totals, first_rows, order_rows, read_ordered
 from pipeline.schema import PLAN_SCHEMA, REJECT_SCHEMA
 from pipeline.spill import Spill, hash_texts, is_new
 from pipeline.storage import Store
+
+log = logging.getLogger(__name__)
 
 _REJECTS_NAME = "rejects.parquet"
 
@@ -97,6 +100,7 @@ def plan_shards(
 
     Raises:
         ConfigError: there is no such corpus, it is empty, or it does not fit the settings.
+        TransientIO: the storage failed on every attempt.
     """
     opened = open_corpus(corpus, root=root, include=settings.include, spans=settings.clips.mode == "manifest")
     with TemporaryDirectory(prefix=".plan-", dir=workdir) as name:
@@ -111,6 +115,11 @@ def plan_shards(
             raise ConfigError(f"corpus {corpus}: no file in it matches {settings.include!r}; check it or --include")
         ordered = scratch / "ordered.arrow"
         totals = order_rows(rows, opened.store, ordered, need_sizes=settings.duplicates == "drop")
+        if totals.num_unsized and settings.duplicates == "drop":
+            log.warning(
+                f"corpus {corpus}: the sizes of {totals.num_unsized} videos are unknown, so that copies among them are not "
+                "found; add a column size_bytes to the manifest"
+            )
         doubles = _Doubles(opened.store, ordered, scratch, totals) if settings.duplicates == "drop" else None
         deal = _Deal(totals, settings)
         writer, bad = TableWriter(scratch / PLAN_NAME, PLAN_SCHEMA), TableWriter(scratch / _REJECTS_NAME, REJECT_SCHEMA)

@@ -32,7 +32,7 @@ def retry(what: str, call: Callable[[], T]) -> T:
             return call()
         except TransientIO as error:
             if attempt == ATTEMPTS:
-                raise TransientIO(f"{what}: failed {ATTEMPTS} times, at last: {error}", attempts=attempt) from error
+                raise TransientIO(f"{what}: failed {ATTEMPTS} times, at last: {error}") from error
             delay_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             log.warning(f"{what}: {error}; attempt {attempt + 1} of {ATTEMPTS} in {delay_s:.1f} s")
             time.sleep(delay_s)

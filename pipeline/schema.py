@@ -32,7 +32,6 @@ REJECT_CLASSES = (
 )
 SCORES = ("black", "frozen", "letterbox", "brightness", "sharpness", "motion", "cuts_per_min")
 """What one pass over a clip measures (`pipeline.quality`); a column `score_NAME` each in the index."""
-FILTER_REASONS = ("too-short", *SCORES)
 Outcome = Literal["rejected", "filtered"]
 
 

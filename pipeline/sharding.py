@@ -16,16 +16,15 @@ from typing import IO, Any, Literal
 from pipeline.clips import ClipConfig
 from pipeline.cut import Cut
 from pipeline.cutting import check_storage, cut_video, needs_check
-from pipeline.dataset import DatasetMeta
+from pipeline.dataset import DatasetMeta, read_rejects_file
 from pipeline.decode import require_decodable
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.parquet import parse_parquet
 from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig
 from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, fingerprint
-from pipeline.shards import ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
+from pipeline.shards import PLACE, ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
 from pipeline.storage import LOCAL_TROUBLE, Store
 from pipeline.transcode import TranscodeConfig
 
@@ -116,7 +115,7 @@ def write_clip_shard(
         item = _Item(corpus, settings, writer)
         for path, group in itertools.groupby(refs, key=lambda ref: ref.path):
             if previous is not None and not previous.failed(path, retry):
-                item.planned += previous.take_over(path, writer, item.rejects)
+                item.planned += previous.take_over(path, writer, item.keys, item.rejects)
             else:
                 item.add_video(list(group), previous.attempts(path) if previous is not None else 0)
         return Written(writer.commit(item.planned, item.rejects), item.read_bytes)
@@ -127,7 +126,8 @@ class _Item:
 
     def __init__(self, corpus: Store, settings: ShardSettings, writer: ShardWriter) -> None:
         self._corpus, self._settings, self._writer = corpus, settings, writer
-        self._keys: set[str] = set()
+        self.keys: set[str] = set()
+        """Of the samples in it, whether made or taken over."""
         self.planned = 0
         self.rejects: list[Reject] = []
         self.read_bytes = 0
@@ -164,7 +164,7 @@ class _Item:
                         )
         except BadVideo as bad:  # of the video as a whole, or of its rest: each clip that it was planned as
             self.planned += len(refs) if has_spans else 1
-            self.rejects += [_reject(ref, bad, "") for ref in (refs if has_spans else refs[:1])]
+            self.rejects += [_reject(ref.path, bad, "") for ref in (refs if has_spans else refs[:1])]
         self.rejects[first_reject:] = [
             replace(one, attempts=attempts + one.attempts) for one in self.rejects[first_reject:]
         ]
@@ -200,9 +200,9 @@ class _Item:
         def describe(payload_digest: str) -> dict[str, Any]:
             video_id = (digest() if digest else payload_digest)[:16]
             key = key_of(video_id)
-            if key in self._keys:
-                raise BadVideo("duplicate", f"the same video as another of this shard: key {key} stands in it already")
-            self._keys.add(key)
+            if key in self.keys:
+                raise _duplicate(key)
+            self.keys.add(key)
             return _row(key, video_id, ref, cut, info, self._settings.val_fraction)
 
         key = ""
@@ -221,9 +221,9 @@ class _Item:
             else:
                 self._writer.add_file(cut.clip or file, cut.ext, describe)
         except TransientIO as error:
-            self.rejects.append(_reject(ref, BadVideo("storage", str(error)), key))
+            self.rejects.append(_reject(ref.path, BadVideo("storage", str(error)), key))
         except BadVideo as bad:
-            self.rejects.append(_reject(ref, bad, key))
+            self.rejects.append(_reject(ref.path, bad, key))
 
 
 class _Previous:
@@ -235,8 +235,8 @@ class _Previous:
             self._rows[row["source"]].append(row)
         self._rejects: dict[str, list[Reject]] = defaultdict(list)
         if store.exists(rejects_name(shard)):
-            for record in parse_parquet(store.read(rejects_name(shard))).to_pylist():
-                self._rejects[record["path"]].append(Reject(**record))
+            for reject in read_rejects_file(store, rejects_name(shard)):
+                self._rejects[reject.path].append(reject)
         self._tar = store.open(shard_name(shard))
 
     def __enter__(self) -> _Previous:
@@ -252,10 +252,18 @@ class _Previous:
     def attempts(self, path: str) -> int:
         return max((one.attempts for one in self._rejects[path]), default=0)
 
-    def take_over(self, path: str, writer: ShardWriter, rejects: list[Reject]) -> int:
-        """Copy what the shard holds of a video, and return the number of clips that it was planned as."""
+    def take_over(self, path: str, writer: ShardWriter, keys: set[str], rejects: list[Reject]) -> int:
+        """Copy what the shard holds of a video, and return the number of clips that it was planned as.
+
+        Where an equal video before it has become a sample only now, its clips are the duplicates; `keys` are those that
+        the new shard has.
+        """
         rows = sorted(self._rows[path], key=lambda row: int(row["offset"]))
         for row in rows:
+            if row["key"] in keys:
+                rejects.append(_reject(path, _duplicate(row["key"]), ""))
+                continue
+            keys.add(row["key"])
             writer.add_file(self._tar, row["ext"], functools.partial(_same, row), row["offset"], row["size"])
         rejects += self._rejects[path]
         return len(rows) + len(self._rejects[path])
@@ -264,10 +272,7 @@ class _Previous:
 def _same(row: dict[str, Any], digest: str) -> dict[str, Any]:
     if digest != row["sha256"]:
         raise DatasetError(f"sample {row['key']} is damaged; run `tokenreel verify --repair` first")
-    return {name: value for name, value in row.items() if name not in _PLACED}
-
-
-_PLACED = ("shard", "offset", "size", "sha256", "json_offset", "json_size")
+    return {name: value for name, value in row.items() if name != "shard" and name not in PLACE}
 
 
 def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_fraction: float) -> dict[str, Any]:
@@ -300,21 +305,33 @@ def _span(ref: VideoRef) -> ClipSpan:
     return ClipSpan(start_s=ref.start_s, end_s=ref.end_s)
 
 
-def _reject(ref: VideoRef, bad: BadVideo, key: str) -> Reject:
+def _reject(path: str, bad: BadVideo, key: str) -> Reject:
     return Reject(
-        path=ref.path, key=key, stage="shard", reject_class=bad.reject_class, reason=bad.reason, stderr=bad.stderr
+        path=path, key=key, stage="shard", reject_class=bad.reject_class, reason=bad.reason, stderr=bad.stderr
     )
 
 
+def _duplicate(key: str) -> BadVideo:
+    return BadVideo("duplicate", f"the same video as another of this shard: key {key} stands in it already")
+
+
 def _is_inside(corpus: Store, path: str) -> bool:
-    return os.path.realpath(corpus.path(path)).startswith(f"{os.path.realpath(corpus.path())}{os.sep}")
+    root = os.path.realpath(corpus.path()).rstrip(os.sep) + os.sep  # of / too
+    return os.path.realpath(corpus.path(path)).startswith(root)
 
 
 def _hash(file: IO[bytes]) -> str:
-    """SHA-256 of an open file, in hex; leaves its position alone, so that ffmpeg can read it at the same time."""
+    """SHA-256 of an open file, in hex; leaves its position alone, so that ffmpeg can read it at the same time.
+
+    Raises:
+        TransientIO: the file cannot be read.
+    """
     hasher, offset = hashlib.sha256(), 0
     buffer = memoryview(bytearray(2**20))
-    while count := os.preadv(file.fileno(), [buffer], offset):
-        hasher.update(buffer[:count])
-        offset += count
+    try:
+        while count := os.preadv(file.fileno(), [buffer], offset):
+            hasher.update(buffer[:count])
+            offset += count
+    except OSError as error:
+        raise TransientIO(f"cannot be read from byte {offset} on: {error.strerror}") from error
     return hasher.hexdigest()

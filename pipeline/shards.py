@@ -29,7 +29,8 @@ from pipeline.storage import Store
 
 INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA, "embeddings": EMBEDDING_SCHEMA}
 _INFO_KEY = b"tokenreel.shard"
-_PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
+PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
+"""Index columns that `ShardWriter` fills in."""
 COUNTED = ("codec", "ext", "source_codec", "source_container")
 """Index columns of clips whose values are counted in the totals."""
 _COPY_BYTES = 2**20
@@ -325,7 +326,7 @@ def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
 
 def sample_info(row: dict[str, Any]) -> dict[str, Any]:
     """What KEY.json says of a sample: its index row without its place in the shard."""
-    info = {name: value for name, value in row.items() if value is not None and name not in _PLACE}
+    info = {name: value for name, value in row.items() if value is not None and name not in PLACE}
     if "extra" in info:
         info["extra"] = json.loads(info["extra"])
     return info

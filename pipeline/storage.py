@@ -33,10 +33,11 @@ LOCAL_TROUBLE = (errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.E
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A file as its storage lists it; `name` is relative to the store, with `/`. `mtime_ns` is 0 where unknown."""
+    """A file as its storage lists it; `name` is relative to the store, with `/`. `mtime_ns` is 0 where unknown, and
+    `size_bytes` None: a web server need not state it."""
 
     name: str
-    size_bytes: int
+    size_bytes: int | None
     mtime_ns: int
 
 

@@ -35,8 +35,8 @@ from pipeline.shards import (
 )
 from pipeline.storage import CHUNK_BYTES, LOCAL_TROUBLE, Store
 
-# What reading a file can raise in which any byte may be wrong.
 _SPLITS = get_args(Split)
+# What reading a file can raise in which any byte may be wrong.
 _DAMAGE = (
     TokenreelError, pa.ArrowException, OSError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError,
     ValueError,

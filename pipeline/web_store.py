@@ -37,8 +37,8 @@ class WebStore(RemoteStore):
     def stat(self, name: str) -> Entry | None:
         def head() -> Entry:
             with self._request("HEAD", name, {}) as answer:
-                size = _length(answer) or 0
-                return Entry(name=name, size_bytes=size, mtime_ns=_mtime_ns(answer.headers.get("Last-Modified")))
+                mtime_ns = _mtime_ns(answer.headers.get("Last-Modified"))
+                return Entry(name=name, size_bytes=_length(answer), mtime_ns=mtime_ns)
 
         try:
             return retry(f"{self.url}: looking for {name}", head)

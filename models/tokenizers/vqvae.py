@@ -158,8 +158,10 @@ class Codebook(nn.Module):
         sums, counts = totals[:, :-1], totals[:, -1]
         self.uses.lerp_(counts, 1 - self.config.ema_decay)
         self.sums.lerp_(sums, 1 - self.config.ema_decay)
-        # A code that nobody uses keeps its place: both averages shrink alike, and the ratio stays.
-        self.codes.copy_(self.scale(self.sums / self.uses.clamp(min=_COUNT_EPS)[:, None]))
+        # A code that nobody uses keeps its place: both averages shrink alike, and the ratio stays, until they are so small
+        # that the clamp would draw it to the origin.
+        means = self.scale(self.sums / self.uses.clamp(min=_COUNT_EPS)[:, None])
+        self.codes.copy_(torch.where(self.uses[:, None] > _COUNT_EPS, means, self.codes))
         return counts
 
     def _restart_if_due(self, rows: Tensor) -> None:

@@ -14,12 +14,13 @@ from jobs.data_job import RejectPolicy
 from jobs.verify import VerifyConfig
 from models.tokenizers.base import load_tokenizer
 from models.tokenizers.vqvae import Vqvae
-from pipeline.dataset import read_index, read_rejects, shard_path
+from pipeline.dataset import read_index, read_rejects
 from pipeline.errors import ConfigError
 from pipeline.verify import verify as find_problems
 from pipeline.views import ViewConfig
 from tests.conftest import Stages, small_tokenize_config
 from tests.faults.cases import files_of
+from tests.pipeline.datasets import shard_path
 
 
 def test_damaged_clip_shards_cost_exactly_their_samples(stages: Stages, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.ffmpeg import FfmpegLimits
 from pipeline.plan_file import read_plan_shards
 from pipeline.planning import plan_shards
 from pipeline.quality import QualityConfig
-from pipeline.schema import FILTER_REASONS, REJECT_CLASSES
+from pipeline.schema import REJECT_CLASSES, SCORES
 from pipeline.sharding import ShardSettings, describe_clips, write_clip_shard
 from pipeline.storage import Store
 from pipeline.transcode import TranscodeConfig
@@ -137,7 +137,9 @@ def test_damaged_videos(damaged: tuple[str, int, int], pieces: list[Path], tmp_p
     rejects, sources = list(read_rejects(tmp_path / "out")), set(read_index(tmp_path / "out")["source"].to_pylist())
     lost = sorted(names.keys() - sources - {one.path for one in rejects})
     assert not lost, f"neither sample nor reject: {lost}"
-    strange = [one for one in rejects if one.reject_class not in (*REJECT_CLASSES, *FILTER_REASONS) or not one.reason]
+    strange = [
+        one for one in rejects if one.reject_class not in (*REJECT_CLASSES, "too-short", *SCORES) or not one.reason
+    ]
     assert not strange
     assert list(verify(tmp_path / "out")) == []
     counts = dict(Counter(one.reject_class for one in rejects).most_common())

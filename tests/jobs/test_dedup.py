@@ -17,13 +17,13 @@ from jobs.cli import run as run_command
 from jobs.dedup import DedupConfig, find
 from jobs.pretrain import make_loader
 from jobs.result import JobResult
-from pipeline.dataset import create_or_resume, finish, read_index, read_meta, shard_path
+from pipeline.dataset import create_or_resume, finish, read_index, read_meta
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.loader import LoaderConfig, TokenLoader, WindowReader
 from pipeline.near_duplicates import NearDuplicateConfig
 from pipeline.storage import Store
-from tests.pipeline.datasets import add_codes, describe, make_row, open_writer
+from tests.pipeline.datasets import add_codes, describe, make_row, open_writer, shard_path
 from tests.pipeline.scenes import CODEBOOK_SIZE, FPS, make_codes
 
 SAMPLES: dict[str, tuple[np.ndarray, str]] = {

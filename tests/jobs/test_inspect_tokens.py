@@ -14,11 +14,12 @@ from jobs import inspect
 from jobs.inspect import InspectConfig
 from jobs.token_origin import original_frames
 from models.tokenizers.base import load_tokenizer
-from pipeline.dataset import find_parent, read_index, read_meta, shard_path
+from pipeline.dataset import find_parent, read_index, read_meta
 from pipeline.errors import ConfigError
 from pipeline.schema import Reject
 from pipeline.storage import Store
 from tests.conftest import Stages
+from tests.pipeline.datasets import shard_path
 
 
 def sections_of(page: Path) -> dict[str, str]:

@@ -43,5 +43,9 @@ def test_peaks_of_data_sheets() -> None:
     assert peak_of("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
     assert peak_of("NVIDIA L40S", "bf16") != peak_of("NVIDIA L4", "bf16") == 121e12
+    assert (peak_of("NVIDIA L40", "bf16"), peak_of("NVIDIA L40", "fp32")) == (181e12, 90.5e12)
+    assert (peak_of("NVIDIA H100 NVL", "bf16"), peak_of("NVIDIA H200 NVL", "fp32")) == (835e12, 60e12)
+    assert peak_of("NVIDIA GH200 480GB", "bf16") == 989e12 and peak_of("NVIDIA A10G", "bf16") == 70e12
+    assert peak_of("NVIDIA L40G", "bf16") is None  # in no row: better no utilisation than another GPU's
     assert peak_of("Some GPU", "bf16") is None
     assert peak_flops(torch.device("cpu"), "bf16") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.corpus import make_examine, open_corpus
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TransientIO
 from pipeline.patterns import translate
 from pipeline.storage import Entry, Store
 from tests.object_server import serve_objects
@@ -39,7 +40,6 @@ def listed(corpus: Path | str, **options: Any) -> tuple[list[str], dict[str, str
             if isinstance(found, Entry):
                 paths.append(row["path"])
             else:
-                assert found is not None
                 rejects[row["path"]] = found[0]
     return sorted(paths), rejects
 
@@ -65,6 +65,31 @@ class TestFolder:
     def test_include(self, tmp_path: Path, include: str, expected: list[str]) -> None:
         make_files(tmp_path, "a.mp4", "a.txt", "b/c.mp4", "b/c.mkv")
         assert listed(tmp_path, include=include)[0] == expected
+
+    def test_a_folder_that_may_not_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is in the books, though its name does not match; any other error may hide a part of the corpus."""
+        make_files(tmp_path, "a.mp4", "b/c.mp4", "b/d/e.mp4")
+        trouble = {str(tmp_path / "b"): errno.EACCES}
+        original = os.scandir
+
+        def scan(folder: str) -> Any:
+            if number := trouble.get(str(folder)):
+                raise OSError(number, os.strerror(number), str(folder))
+            return original(folder)
+
+        monkeypatch.setattr(os, "scandir", scan)
+        reason = "a folder that cannot be listed: Permission denied"
+        rows = rows_of(tmp_path, include="*.mp4")
+        assert [(row["path"], row["reject_class"], row["reason"]) for row in rows] == [
+            ("a.mp4", None, None),
+            ("b", "unreadable", reason),
+        ]
+        trouble[str(tmp_path / "b")] = errno.EIO
+        with pytest.raises(TransientIO, match=r"folder .*/b cannot be listed: Input/output error"):
+            rows_of(tmp_path)
+        trouble[str(tmp_path)] = errno.EACCES
+        with pytest.raises(ConfigError, match=r"cannot be listed: Permission denied"):
+            rows_of(tmp_path)
 
     @pytest.mark.parametrize("include", ["", "/a.mp4"])
     def test_a_pattern_that_nothing_can_match(self, tmp_path: Path, include: str) -> None:

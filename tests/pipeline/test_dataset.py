@@ -27,7 +27,15 @@ from pipeline.ledger import Ledger
 from pipeline.schema import Reject
 from pipeline.shards import read_payload, write_rejects
 from pipeline.storage import Store
-from tests.pipeline.datasets import add_codes, describe, make_codes, make_row, make_token_dataset, open_writer
+from tests.pipeline.datasets import (
+    add_codes,
+    describe,
+    make_codes,
+    make_row,
+    make_token_dataset,
+    open_writer,
+    shard_path,
+)
 
 REJECT = Reject(path="bad.mp4", stage="shard", reject_class="corrupt", reason="cut off", stderr="moov atom not found")
 FILTERED = Reject(path="short.mp4", stage="shard", reject_class="too-short", reason="1 s", outcome="filtered", key="k")
@@ -53,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 class TestRead:
     def test_index_points_at_the_bytes(self, folder: Path) -> None:
         for n, row in enumerate(read_index(folder).to_pylist()):
-            tar = dataset.shard_path(folder, row["shard"]).read_bytes()
+            tar = shard_path(folder, row["shard"]).read_bytes()
             assert tar[row["offset"] : row["offset"] + row["size"]] == make_codes(n, 3).tobytes()
             assert read_payload(Store.at(folder), row) == make_codes(n, 3).tobytes()
             assert json.loads(tar[row["json_offset"] : row["json_offset"] + row["json_size"]])["key"] == row["key"]

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects, shard_path
+from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
 from pipeline.embedding import EmbedSettings, describe_embeddings, vectors_of, write_embedding_shard
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.shards import index_name, to_parquet
 from pipeline.storage import Store
 from pipeline.verify import verify
-from tests.pipeline.datasets import GRID, PAD, add_codes, describe, make_codes, make_row, open_writer
+from tests.pipeline.datasets import GRID, PAD, add_codes, describe, make_codes, make_row, open_writer, shard_path
 
 LENGTHS = (7, 2, 4)
 

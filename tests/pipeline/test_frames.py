@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.dataset import create_or_resume, read_index, shard_path
+from pipeline.dataset import create_or_resume, read_index
 from pipeline.decode import FrameConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DatasetError, TransientIO
 from pipeline.frames import FrameLoader, FrameLoaderConfig
 from pipeline.schema import VideoRef
+from pipeline.shards import shard_name
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
 from tests.corpora import make_clip
@@ -90,16 +91,44 @@ def test_any_cache_gives_the_same_batches(clips: Path, cache_bytes: int) -> None
 
 
 def test_what_the_cache_holds_is_not_read_again(clips: Path, tmp_path: Path) -> None:
-    """With the shards gone, a cached clip is still there; without a cache, what cannot be decoded is grey."""
+    """With the shards gone, a cached clip is still there; without a cache, the first read says what is missing."""
     clips = Path(shutil.copytree(clips, tmp_path / "clips"))
     cached, uncached = open_loader(clips, batch_size=14), open_loader(clips, batch_size=14, cache_bytes=0)
     first = cached.batch(0)
     assert equal(first, uncached.batch(0))
     for shard in range(3):
-        shard_path(clips, shard).unlink()
+        Store.at(clips).remove(shard_name(shard))
     assert equal(first, cached.batch(0))
-    grey = uncached.batch(0)
-    assert grey["keys"] == first["keys"] and (grey["frames"] == 128).all()
+    with pytest.raises(DatasetError, match=r"clip [0-9a-f]{16}-0{9} cannot be read: .*No such file.*tokenreel verify"):
+        uncached.batch(0)
+
+
+def test_an_outage_is_no_grey_frame(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise TransientIO("failed 5 times")
+
+    monkeypatch.setattr("pipeline.tokenizing.read_payload", fail)
+    with pytest.raises(TransientIO, match=r"clip [0-9a-f]{16}-0{9}: failed 5 times"):
+        open_loader(clips).batch(0)
+
+
+def test_a_damaged_clip_is_grey_said_once_and_not_kept(
+    clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = Path(shutil.copytree(clips, tmp_path / "clips"))
+    row = next(row for row in read_index(clips).to_pylist() if row["source"] == "0.mp4")
+    with Store.at(clips).path(shard_name(row["shard"])).open("r+b") as tar:
+        tar.seek(row["offset"])
+        tar.write(bytes(row["size"]))
+    loader = open_loader(clips, batch_size=14)
+    loader.batch(0)
+    batch = loader.batch(0)
+    place = batch["keys"].index(row["key"])
+    grey = [bool((batch["frames"][2 * n : 2 * n + 2] == 128).all()) for n in range(7)]
+    assert grey == [n == place for n in range(7)]
+    assert len(loader._cache) == 6
+    (warning,) = caplog.messages
+    assert f"clip {row['key']} gives grey frames: corrupt: " in warning
 
 
 class TestConfig:

@@ -175,6 +175,9 @@ def test_a_manifest_gives_other_splits(folder: Path, tmp_path: Path) -> None:
     manifest.write_text("video,label,split\na.mp4,sit,train\na.mp4,sit,test\n")
     with pytest.raises(ConfigError, match=r"a.mp4 stands there twice"):
         open_clips(folder, splits=manifest)
+    manifest.write_text("video,label,split\nclip0.mp4,sit,train\nclip1.mp4,sit,validation\n")
+    with pytest.raises(ConfigError, match=r"two.csv: row 2 has another split than train, val or test"):
+        open_clips(folder, splits=manifest)
 
 
 def test_the_cache_is_the_nodes(folder: Path, tmp_path: Path) -> None:

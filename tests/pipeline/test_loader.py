@@ -15,11 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import shard_files as shard_files_module
-from pipeline.dataset import create_or_resume, finish, shard_path
+from pipeline.dataset import create_or_resume, finish
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.loader import LoaderConfig, TokenLoader, WindowReader
-from tests.pipeline.datasets import GRID, PAD, add_codes, describe, make_row, make_token_dataset, open_writer
+from tests.pipeline.datasets import (
+    GRID,
+    PAD,
+    add_codes,
+    describe,
+    make_row,
+    make_token_dataset,
+    open_writer,
+    shard_path,
+)
 
 T = 4
 LENGTHS = [[9, 2, 4], [5, 30], [1, 12, 7, 4], [6, 6, 6]]

@@ -193,7 +193,7 @@ class TestErrors:
         server.inject(Fault(kind=fault))
         with pytest.raises(TransientIO) as caught:
             CALLS[name](store)
-        assert caught.value.attempts == server.met[fault] == 5
+        assert server.met[fault] == 5
         for words in ("failed 5 times", store.url, {"list": "it", "walk": "it", "write": "new"}.get(name, "there")):
             assert words in str(caught.value), words
         server.heal()
@@ -259,7 +259,7 @@ class TestErrors:
             store.write("there", new)
             is_written = True
         except TransientIO as error:
-            assert error.attempts == 5
+            assert "failed 5 times" in str(error)
             is_written = False
         is_met = bool(server.met[kind])
         has_body = not (kind == "short" and method in ("PUT", "HEAD"))  # what is said in headers cannot be cut short

@@ -24,6 +24,7 @@ from pipeline.schema import PLAN_SCHEMA, REJECT_SCHEMA, VideoRef
 from pipeline.spill import Spill, hash_texts
 from pipeline.storage import Store
 from tests.object_server import Fault, serve_objects
+from tests.web_server import Page, serve_web
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +236,27 @@ class TestManifest:
         assert classes_of(plan) == {"b.mp4": "duplicate", "busy.mp4": "duplicate", "gone.mp4": "unreadable"}
         sizes = {ref.path: ref.size_bytes for shard in shards_of(plan) for ref in shard}
         assert sizes == {"a.mp4": 8, "said.mp4": 9}
+
+    def test_a_size_that_the_server_does_not_state_is_unknown(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "m.csv").write_text("video\na.mp4\nb.mp4\n")
+        with serve_web() as server:
+            server.pages = {
+                "/x/a.mp4": Page(body=b"the same", is_chunked=True),
+                "/x/b.mp4": Page(body=b"the same"),
+            }
+            plan = make_plan(tmp_path / "m.csv", tmp_path / "w", Settings(duplicates="drop"), root=f"{server.url}/x")
+            sizes = {ref.path: ref.size_bytes for shard in shards_of(plan) for ref in shard}
+            assert sizes == {"a.mp4": None, "b.mp4": 8}
+            assert "the sizes of 1 videos are unknown, so that copies among them are not found" in caplog.text
+            with pytest.raises(ConfigError, match=r"shard_bytes = 7: the sizes of 1 videos are unknown"):
+                make_plan(
+                    tmp_path / "m.csv",
+                    tmp_path / "w2",
+                    Settings(duplicates="drop", shard_bytes=7),
+                    root=f"{server.url}/x",
+                )
 
 
 class TestShards:

@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from pipeline import shard_files
-from pipeline.dataset import shard_path
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.node_cache import NodeCache
 from tests.object_server import Fault, ObjectServer, serve_objects
-from tests.pipeline.datasets import GRID, PAD, make_token_dataset
+from tests.pipeline.datasets import GRID, PAD, make_token_dataset, shard_path
 
 LENGTHS = [[9, 2, 4], [5, 30], [1, 12, 7, 4], [6, 6, 6]] * 2
 SHARD_BYTES = 10240

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,13 +18,13 @@ import pytest
 
 from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
 from pipeline.plan_file import name_changes, read_plan_shards
 from pipeline.planning import ShardPlan, plan_shards
 from pipeline.quality import QualityConfig
-from pipeline.schema import REJECT_CLASSES, Reject, draw_split
+from pipeline.schema import REJECT_CLASSES, Reject, VideoRef, draw_split
 from pipeline.sharding import ShardSettings, describe_clips, write_clip_shard
 from pipeline.shards import ShardInfo, read_payload
 from pipeline.storage import LocalStore, Store
@@ -174,6 +175,11 @@ class TestCopy:
         os.mkfifo(folder / "b.mkv")
         info = write_first_shard(plan, tmp_path / "out")
         assert info.ledger.rejected == Counter({"not-video": 1, "outside-corpus": 1, "unreadable": 1})
+
+    def test_the_root_of_the_file_system_holds_every_file(self, corpus: Path, tmp_path: Path) -> None:
+        refs = [VideoRef(path=str(corpus / "b.mkv")[1:])]
+        written = write_clip_shard(Store.at(tmp_path), "f" * 32, 0, Store.at("/"), refs, ShardSettings())
+        assert written.info.ledger.committed == 1
 
     def test_scores_without_cutting(self, corpus: Path, tmp_path: Path) -> None:
         shard(corpus, tmp_path, ShardSettings(quality=QualityConfig(score=True)))
@@ -375,10 +381,66 @@ class TestRetry:
         ours, theirs = files_of(tmp_path / "out"), files_of(tmp_path / "whole")
         assert ours == theirs
 
+    @pytest.mark.parametrize("storage", ["copy", "transcode"])
+    def test_equal_videos_of_a_shard(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Literal["copy", "transcode"]
+    ) -> None:
+        """Whichever of them failed at first: tried again, the first is a sample and the other its duplicate."""
+        folder = tmp_path / "corpus"
+        folder.mkdir()
+        for name in ("a.mp4", "z.mp4"):
+            shutil.copy(corpus / "b.mkv", folder / name)
+        config = ShardSettings(duplicates="keep", storage=storage)
+        assert shard(folder, tmp_path / "whole", config).rejected == Counter({"duplicate": 1})
+        original = LocalStore.open
+        for failing in ("a.mp4", "z.mp4"):
+
+            def fail(self: LocalStore, name: str, failing: str = failing, **options: Any) -> Any:
+                if name == failing:
+                    raise TransientIO("failed 5 times")
+                return original(self, name, **options)
+
+            out = tmp_path / failing
+            with monkeypatch.context() as patch:
+                patch.setattr(LocalStore, "open", fail)
+                assert shard(folder, out, config).rejected == Counter({"storage": 1})
+            shard(folder, out, config, retry=["storage"])
+            assert rows_of(out) == rows_of(tmp_path / "whole")
+            books = [[replace(one, attempts=1) for one in rejects_of(place)] for place in (out, tmp_path / "whole")]
+            assert books[0] == books[1]
+            shard(folder, out, config, retry=["duplicate"])
+            assert rows_of(out) == rows_of(tmp_path / "whole")
+
     def test_attempts_are_counted(self, corpus: Path, tmp_path: Path) -> None:
         for attempt in (1, 2, 3):
             shard(corpus, tmp_path, ShardSettings(), retry=["not-video"])
             assert [reject.attempts for reject in rejects_of(tmp_path)] == [attempt]
+
+    def test_a_file_that_cannot_be_read_costs_only_its_clips(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk fails under one file after ffmpeg has read it; tried again, all is as if it never had."""
+        folder = tmp_path / "corpus"
+        folder.mkdir()
+        for name in ("a.mp4", "b.mkv"):
+            shutil.copy(corpus / name, folder / name)
+        original = os.preadv
+
+        def fail(descriptor: int, *args: Any) -> int:
+            if Path(f"/proc/self/fd/{descriptor}").readlink() == folder / "a.mp4":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(descriptor, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            assert shard(folder, tmp_path / "out", WINDOWS).rejected == Counter({"storage": 3})
+        rejects = rejects_of(tmp_path / "out")
+        assert {(one.path, one.reason) for one in rejects} == {
+            ("a.mp4", "cannot be read from byte 0 on: Input/output error")
+        }
+        shard(folder, tmp_path / "out", WINDOWS, retry=["storage"])
+        shard(folder, tmp_path / "whole", WINDOWS)
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
     def test_filtered_clips_stay_filtered(self, corpus: Path, tmp_path: Path) -> None:
         config = replace(WINDOWS, clips=ClipConfig(mode="window", window_s=1.0, min_s=0.6))

@@ -21,7 +21,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import dataset, shards
+from pipeline import shards
 from pipeline.dataset import committed_shards, create_or_resume, finish, read_index, read_rejects
 from pipeline.errors import DatasetError, TransientIO
 from pipeline.ledger import Ledger
@@ -29,7 +29,15 @@ from pipeline.schema import CLIP_SCHEMA, SCORES, Reject
 from pipeline.shards import ShardInfo, ShardWriter, read_payload, read_shard_info, read_shard_rows, write_rejects
 from pipeline.storage import Store
 from pipeline.verify import verify
-from tests.pipeline.datasets import add_codes, describe, make_codes, make_row, make_token_dataset, open_writer
+from tests.pipeline.datasets import (
+    add_codes,
+    describe,
+    make_codes,
+    make_row,
+    make_token_dataset,
+    open_writer,
+    shard_path,
+)
 
 REJECT = Reject(path="bad.mp4", stage="shard", reject_class="corrupt", reason="cut off", stderr="moov atom not found")
 
@@ -85,7 +93,7 @@ class TestRoundTrip:
         finish(folder, meta, Ledger())
         assert list(verify(folder)) == []
         rows = read_index(folder).to_pylist()
-        samples = stream(dataset.shard_path(folder, 0))
+        samples = stream(shard_path(folder, 0))
         assert [sample["bin"] for sample in samples] == members
         assert [json.loads(sample["json"]).get("caption") for sample in samples] == captions[: len(members)]
         assert [row["caption"] for row in rows] == captions[: len(members)]
@@ -96,7 +104,7 @@ class TestRoundTrip:
         for n in range(5):
             add_codes(writer, make_row(f"{n}-000", caption="ü"), make_codes(n, 40 * n + 1))
         writer.commit(5, [])
-        ours = dataset.shard_path(folder, 0).read_bytes()
+        ours = shard_path(folder, 0).read_bytes()
         buffer = io.BytesIO()
         with (
             tarfile.open(fileobj=io.BytesIO(ours)) as old,
@@ -115,7 +123,7 @@ class TestRoundTrip:
         (row,) = read_shard_rows(Store.at(folder), 0)
         assert read_payload(Store.at(folder), row) == b"payload"
         assert (row["sha256"], row["shard"]) == (hashlib.sha256(b"payload").hexdigest(), 0)
-        (sample,) = stream(dataset.shard_path(folder, 0))
+        (sample,) = stream(shard_path(folder, 0))
         assert sample["bin"] == b"headpayload"
 
     def test_what_the_json_says(self, folder: Path) -> None:
@@ -124,7 +132,7 @@ class TestRoundTrip:
         row = make_row("0-0", caption="c", extra='{"license": "CC0", "n": 1}', score_motion=0.5)
         add_codes(writer, row, make_codes(0, 3))
         writer.commit(1, [])
-        said = json.loads(stream(dataset.shard_path(folder, 0))[0]["json"])
+        said = json.loads(stream(shard_path(folder, 0))[0]["json"])
         known = {name: value for name, value in row.items() if value is not None}
         assert said == {**known, "extra": {"license": "CC0", "n": 1}}
         assert "label" not in said and "offset" not in said and "sha256" not in said
@@ -144,7 +152,7 @@ class TestRoundTrip:
         writer.commit(3, [])
         rows = read_shard_rows(Store.at(folder), 0)
         assert [row["key"] for row in rows] == ["a-9", "b-0", "b-1"]
-        assert [sample["__key__"] for sample in stream(dataset.shard_path(folder, 0))] == ["b-1", "a-9", "b-0"]
+        assert [sample["__key__"] for sample in stream(shard_path(folder, 0))] == ["b-1", "a-9", "b-0"]
         for row in rows:
             assert read_payload(Store.at(folder), row) == make_codes(ord(row["key"][0]), 2).tobytes()
 
@@ -166,7 +174,7 @@ class TestAddFile:
             assert file.tell() == 77
         writer.commit(1, [])
         assert digest == hashlib.sha256(payload.read_bytes()).hexdigest()
-        (sample,) = stream(dataset.shard_path(folder, 0))
+        (sample,) = stream(shard_path(folder, 0))
         assert sample["__key__"] == f"{digest[:16]}-0" and sample["mp4"] == payload.read_bytes()
 
     def test_every_byte_is_read_once(self, folder: Path, payload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +266,7 @@ class TestAddFile:
         writer._end_member("1-0.bin", size)
         writer.add(make_row("2-0"), "bin", b"after")
         writer.commit(2, [])
-        with tarfile.open(dataset.shard_path(folder, 0)) as tar:
+        with tarfile.open(shard_path(folder, 0)) as tar:
             assert [(m.name, m.size) for m in tar if m.name.endswith("bin")] == [
                 ("0-0.bin", 6),
                 ("1-0.bin", size),
@@ -272,7 +280,7 @@ class TestAddFile:
         with payload.open("rb") as file:
             writer.add_file(file, "mp4", lambda digest: make_clip_row("0-0"))
         writer.commit(1, [])
-        (sample,) = stream(dataset.shard_path(folder, 0))
+        (sample,) = stream(shard_path(folder, 0))
         assert sample["mp4"] == payload.read_bytes() and json.loads(sample["json"])["key"] == "0-0"
 
 
@@ -377,7 +385,7 @@ class TestShardInfo:
         info = writer.commit(4, [REJECT], parent_content="p")
         assert read_shard_info(Store.at(folder), 0) == info == ShardInfo.from_json(info.to_json())
         assert info.fingerprint == "f" * 32 and info.parent_content == "p"
-        assert info.tar_bytes == dataset.shard_path(folder, 0).stat().st_size
+        assert info.tar_bytes == shard_path(folder, 0).stat().st_size
         assert info.ledger == Ledger(planned=4, committed=3, rejected=Counter({"corrupt": 1}))
         assert info.totals == {
             "videos": 1, "seconds": 4.5, "frames": 9, "payload_bytes": 15,
@@ -443,7 +451,7 @@ def test_read_payload_of_damaged_shards(folder: Path) -> None:
     add_codes(writer, make_row("0-0"), make_codes(0, 3))
     writer.commit(1, [])
     (row,) = read_shard_rows(Store.at(folder), 0)
-    path = dataset.shard_path(folder, 0)
+    path = shard_path(folder, 0)
     np.testing.assert_array_equal(
         np.frombuffer(read_payload(Store.at(folder), row), np.uint16), make_codes(0, 3).ravel()
     )

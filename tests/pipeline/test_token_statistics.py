@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline import token_statistics
-from pipeline.dataset import create_or_resume, finish, read_index, shard_path
+from pipeline.dataset import create_or_resume, finish, read_index
 from pipeline.errors import DatasetError
 from pipeline.ledger import Ledger
 from pipeline.storage import Store
 from pipeline.token_statistics import REST, TokenStatistics, sample_shards, scan_tokens, source_group
-from tests.pipeline.datasets import add_codes, describe, make_row, make_token_dataset, open_writer
+from tests.pipeline.datasets import add_codes, describe, make_row, make_token_dataset, open_writer, shard_path
 
 K = 9
 CLIPS = hnp.arrays(np.uint16, hnp.array_shapes(min_dims=3, max_dims=3, max_side=5), elements=st.integers(0, K - 1))

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 
 from pipeline import tokenizing
-from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects, shard_path
+from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
 from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
@@ -35,7 +35,7 @@ from pipeline.tokenizing import (
 from pipeline.verify import verify
 from pipeline.views import ViewConfig
 from tests.corpora import make_clip
-from tests.pipeline.datasets import make_clip_dataset
+from tests.pipeline.datasets import make_clip_dataset, shard_path
 from tests.pipeline.test_encoding import hash_frames
 
 SETTINGS = TokenizeSettings(frames=FrameConfig(fps=5, size_px=16), batch_frames=4)
@@ -135,7 +135,7 @@ def test_a_full_disk_is_no_reject(clips: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_storage_that_fails_is_a_class_of_its_own(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(store: Store, row: dict[str, Any]) -> NoReturn:
-        raise TransientIO("s3://bucket/x: reading shards/000000.tar: failed 5 times", attempts=5)
+        raise TransientIO("s3://bucket/x: reading shards/000000.tar: failed 5 times")
 
     monkeypatch.setattr(tokenizing, "read_payload", fail)
     outcome = decode_clip(Store.at(clips), read_index(clips).to_pylist()[0], SETTINGS)

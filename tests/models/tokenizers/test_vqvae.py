@@ -117,6 +117,20 @@ def test_dead_codes_restart_on_encoder_outputs() -> None:
     assert (codebook.uses[:4] > 1).all()
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_an_unused_code_keeps_its_place_for_ever(distance: Any) -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(replace(TINY, distance=distance, ema_decay=0.5))
+    codebook(torch.randn(8, 4, 4, 4))
+    codebook.codes[:4] = codebook.scale(torch.full((4, 4), -100.0))
+    codebook.sums[:4] = codebook.codes[:4] * codebook.uses[:4, None]
+    place = codebook.codes[:4].clone()
+    for _ in range(200):  # until float32 has no smaller number
+        codebook(torch.rand(8, 4, 4, 4) + 10)
+    assert (codebook.uses[:4] == 0).all()
+    torch.testing.assert_close(codebook.codes[:4], place)
+
+
 def train(steps: int, frames: Tensor, objective: VqvaeObjective) -> dict[str, dict[str, Tensor]]:
     optimizer = build_optimizer(objective, OptimConfig(weight_decay=0.0))
     for _ in range(steps):
