@@ -91,13 +91,18 @@ def embed(
     Order in time is kept by windows and quarters, as linear probes cannot see it in a mean over all frames.
     """
     backbone.eval()
-    pooled, by_frame = [], []
-    for first in range(0, len(tokens), batch_size):
-        batch = torch.from_numpy(tokens[first : first + batch_size].astype(np.int64))
+    config = backbone.config
+    num_clips, num_frames = tokens.shape[:2]
+    # Made beforehand: many small arrays between the large ones of each batch keep freed memory from being used again.
+    pooled = np.empty((num_clips, (num_frames // config.num_frames + _QUARTERS) * config.hidden), np.float32)
+    by_frame = np.empty((num_clips, num_frames, config.hidden), np.float32)
+    for first in range(0, num_clips, batch_size):
+        rows = slice(first, first + batch_size)
+        batch = torch.from_numpy(tokens[rows].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            windows = [backbone(part, padded=False) for part in batch.split(backbone.config.num_frames, dim=1)]
+            windows = [backbone(part, padded=False) for part in batch.split(config.num_frames, dim=1)]
         frames = torch.cat([window.tokens.float().mean(dim=(2, 3)) for window in windows], dim=1)  # n t d
         quarters = [part.mean(dim=1) for part in frames.tensor_split(_QUARTERS, dim=1)]
-        pooled.append(torch.cat([*(window.cls.float() for window in windows), *quarters], dim=1).numpy())
-        by_frame.append(frames.numpy())
-    return Embedded(np.concatenate(pooled), np.concatenate(by_frame))
+        pooled[rows] = torch.cat([*(window.cls.float() for window in windows), *quarters], dim=1).numpy()
+        by_frame[rows] = frames.numpy()
+    return Embedded(pooled, by_frame)
