@@ -1,7 +1,8 @@
 """MLflow that can never stop or slow a job: files first, a background thread copies them.
 
 A job writes everything into its own out folder; the folder is the spool. Nothing here waits for MLflow but `close`,
-and that for a bounded time. What MLflow did not take stays in the folder and goes there at the next open of it.
+and that for a bounded time. What MLflow did not take stays in the folder and goes there at the next open of it, models
+once the job has written and registered them again.
 
     out/metrics.jsonl, out/system*.jsonl    numbers, by `jobs.journal`
     out/pictures/*.png                      `reconstructions_00000100.png`, written whole (rename) by the job
@@ -130,7 +131,7 @@ class Tracker:
             "params": {clean_name(key): str(value)[:_MAX_PARAM] for key, value in _flatten(params or {})},
             "tags": {clean_name(key): str(value)[:MAX_TAG] for key, value in all_tags.items()},
             "inputs": [asdict(one) for one in records],
-            "models": before.get("models") or {},
+            "models": {},  # the job writes their folders again, and then registers them again
             "ending": None,
         }
         return cls(out, spool, resolve_tracking_uri(), sample_system=sample_system)
@@ -148,7 +149,8 @@ class Tracker:
     def register_model(self, name: str, folder: Path, alias: str) -> None:
         """Upload `folder` as the run's artifact `ALIAS_model/` and register it as the version of `name` that `alias` names
         from then on, such as "final" or "best". The version has the run's `tokenreel.*` tags, so it leads back to its
-        corpus. The folder must stay as it is until `close`. Equal files are registered once, under all their aliases.
+        corpus. The folder must stay as it is until `close`; the next start of the job registers it again. Equal weights and
+        config are registered once, under all their aliases, however often they are exported and registered.
         """
         cleaned = re.sub(r"[/:]", "-", clean_name(name))
         self._spool["models"][alias] = {"name": cleaned, "folder": str(Path(folder).resolve())}
