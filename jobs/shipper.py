@@ -35,9 +35,10 @@ _MODEL_FILES = ("config.json", "model.safetensors")
 class Shipper:
     """The background thread that copies one out folder to MLflow, and the only one that talks to MLflow."""
 
-    def __init__(self, out: Path, tracking_uri: str) -> None:
+    def __init__(self, out: Path, tracking_uri: str, identified: Callable[[], None] = lambda: None) -> None:
         self._out = out
         self._uri = tracking_uri
+        self._identified = identified
         self._state = self._read_state()
         self._client: Any = None
         self._is_attached = False
@@ -119,6 +120,7 @@ class Shipper:
         if not run_id:
             self._state["run_id"] = self._create_run(spool)
             self._save_state()
+            self._identified()
         elif spool["ending"] is None:
             self._client.update_run(run_id, status="RUNNING")
         self._is_attached = True

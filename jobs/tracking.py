@@ -22,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -75,10 +75,19 @@ class Tracker:
     its out folder is what guarantees it.
     """
 
-    def __init__(self, out: Path, spool: dict[str, Any], tracking_uri: str, *, sample_system: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        spool: dict[str, Any],
+        tracking_uri: str,
+        *,
+        sample_system: bool,
+        identified: Callable[[], None],
+    ) -> None:
         self._out = out
         self._spool = spool
-        self._shipper = Shipper(out, tracking_uri)
+        self._identified = identified
+        self._shipper = Shipper(out, tracking_uri, identified)
         self._closed = False
         self._save()
         self._sampler = SystemSampler(out).start() if sample_system else None
@@ -95,6 +104,7 @@ class Tracker:
         tags: dict[str, str] | None = None,
         inputs: Sequence[DatasetInput] = (),
         sample_system: bool = True,
+        identified: Callable[[], None] = lambda: None,
     ) -> Tracker:
         """Begin the run of `out`, or continue it where it has one, whatever its status; takes milliseconds.
 
@@ -110,6 +120,8 @@ class Tracker:
             tags: further tags, such as `tokenreel.fingerprint` of what the job makes.
             inputs: what it reads; also sets the tags `tokenreel.parent_fingerprint` and `tokenreel.parent_run_id`.
             sample_system: also sample this machine every 10 s.
+            identified: called, in the background, when `mlflow_run.json` has the id of a new run, and once more at the end of
+                `close`; such as to copy that file and the spool elsewhere. It must not raise.
 
         Raises:
             OSError: `out` cannot be written, so no job can run there either.
@@ -134,7 +146,7 @@ class Tracker:
             "models": {},  # the job writes their folders again, and then registers them again
             "ending": None,
         }
-        return cls(out, spool, resolve_tracking_uri(), sample_system=sample_system)
+        return cls(out, spool, resolve_tracking_uri(), sample_system=sample_system, identified=identified)
 
     @property
     def run_id(self) -> str | None:
@@ -181,6 +193,7 @@ class Tracker:
             if self._sampler is not None:
                 self._sampler.stop()
             self._shipper.stop(timeout_s)
+            self._identified()
             if not self._shipper.is_done:
                 log.warning(f"MLflow does not have all of {self._out} yet; the rest goes there at the next open of it")
         return self._shipper.is_done
