@@ -3,6 +3,8 @@
 STORE/checkpoints/00000100/     as in the run's folder; its state.json comes last and goes first
 STORE/run.json, mlflow_*.json   who the run is, so that it stays the same one for us and for MLflow
 STORE/metrics.jsonl             the curve up to the newest checkpoint
+
+Driver and workers may have no disk in common: what one of them needs of another's folder goes through the store.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from jobs.checkpoint import STATE_NAME, list_checkpoints
-from jobs.journal import JOURNAL_NAME
+from jobs.journal import JOURNAL_NAME, last_row
 from jobs.spool import SPOOL_NAME
 from jobs.spool import STATE_NAME as MLFLOW_STATE_NAME
 from pipeline.errors import ConfigError
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MARKER_NAME = "run.json"
 """The settings and inputs that a run's folder is bound to."""
-_IDENTITY = (MARKER_NAME, SPOOL_NAME, MLFLOW_STATE_NAME)
+_MLFLOW = (SPOOL_NAME, MLFLOW_STATE_NAME)
 
 
 class Mirror:
@@ -31,6 +33,9 @@ class Mirror:
 
     def __init__(self, place: str) -> None:
         self._store = Store.at(place)
+
+    def __str__(self) -> str:
+        return str(self._store)
 
     def list(self) -> list[str]:
         """Names of the whole checkpoints, oldest first."""
@@ -44,9 +49,7 @@ class Mirror:
         for file in sorted(checkpoint.iterdir()):
             if file.name != STATE_NAME:
                 self._upload(file, f"checkpoints/{checkpoint.name}/{file.name}")
-        for name in (*_IDENTITY, JOURNAL_NAME):
-            if (run / name).exists():
-                self._store.write(name, (run / name).read_bytes())
+        self._push_files(run, MARKER_NAME, *_MLFLOW, JOURNAL_NAME)
         self._store.write(f"checkpoints/{checkpoint.name}/{STATE_NAME}", (checkpoint / STATE_NAME).read_bytes())
         kept = {path.name for path in list_checkpoints(run)}
         for name in self.list():
@@ -60,26 +63,73 @@ class Mirror:
         except Exception as error:
             log.warning("no copy of %s in %s: %s. Training goes on", checkpoint, self._store, error)
 
+    def push_newest(self, run: Path) -> None:
+        """Copy the newest checkpoint of `run` where the store lacks it: the one that the run starts from, or one whose
+        writer died before the copy was whole. Call `pull` first: what `run` has not, the store loses."""
+        here = list_checkpoints(run)
+        if here and here[-1].name not in self.list():
+            self.push(here[-1])
+
+    def push_identity(self, run: Path) -> None:
+        """Copy who the run is. The driver does, which alone knows it: the workers may have another disk."""
+        self._push_files(run, MARKER_NAME, *_MLFLOW)
+
+    def push_identity_or_warn(self, run: Path) -> None:
+        """Like `push_identity`, but a store that is away stops nothing."""
+        try:
+            self.push_identity(run)
+        except Exception as error:
+            log.warning("no copy of %s's MLflow run id in %s: %s", run, self._store, error)
+
     def pull_identity(self, run: Path) -> None:
-        """Fetch who the run is, where `run` does not know it.
+        """Fetch who the run is, for us and for MLflow, where `run` does not know it.
 
         Raises:
-            ConfigError: the store holds another run than the folder.
+            ConfigError: as `pull_marker`.
         """
-        for name in _IDENTITY:
+        self.pull_marker(run)
+        for name in _MLFLOW:
             if not (run / name).exists() and self._store.exists(name):
                 self._download(name, run / name)
-        if self._store.exists(MARKER_NAME) and self._store.read(MARKER_NAME) != (run / MARKER_NAME).read_bytes():
-            raise ConfigError(f"workers.mirror = {self._store} holds another run than {run}; choose another one")
+
+    def pull_marker(self, run: Path) -> None:
+        """Fetch the settings and inputs that the run is bound to, where `run` does not know them.
+
+        Raises:
+            ConfigError: the store holds another run than the folder, or either has checkpoints that it does not say whose
+                they are.
+        """
+        here = run / MARKER_NAME
+        if not self._store.exists(MARKER_NAME):
+            if self.list():
+                raise ConfigError(
+                    f"workers.mirror = {self._store} holds checkpoints, and no {MARKER_NAME} that says of which run; choose "
+                    f"another place, or, where they are those of {run}, copy its {MARKER_NAME} there"
+                )
+            return
+        if not here.exists():
+            if list_checkpoints(run):
+                raise ConfigError(
+                    f"{run} holds checkpoints, and no {MARKER_NAME} that says of which run; delete it, and those of "
+                    f"workers.mirror = {self._store} come there"
+                )
+            self._download(MARKER_NAME, here)
+        if self._store.read(MARKER_NAME) != here.read_bytes():
+            raise ConfigError(
+                f"workers.mirror = {self._store} holds another run than {run}; choose another one, or delete {run}, where it is what "
+                "an older run left"
+            )
 
     def pull(self, run: Path) -> None:
-        """Fetch every checkpoint that `run` lacks, and the curve where a newer one came."""
-        newest_here = max((path.name for path in list_checkpoints(run)), default="")
+        """Fetch every checkpoint that `run` lacks, and the curve where its own does not reach the newest of them."""
         names = self.list()
+        row = last_row(run / JOURNAL_NAME)
+        # The checkpoint alone may be here: each worker fetches it, and only the first one has the curve.
+        is_behind = bool(names) and (row is None or row["step"] < int(names[-1]))
+        if is_behind and self._store.exists(JOURNAL_NAME):  # the checkpoint that a run starts from has no curve
+            self._download(JOURNAL_NAME, run / JOURNAL_NAME)
         for name in names:
             self.fetch(run, name)
-        if names and names[-1] > newest_here:
-            self._download(JOURNAL_NAME, run / JOURNAL_NAME)
 
     def fetch(self, run: Path, name: str) -> None:
         """Fetch the checkpoint `name` where `run` lacks it; several workers of a node may do so at once."""
@@ -96,6 +146,11 @@ class Mirror:
             shutil.rmtree(temporary)
             if not (final / STATE_NAME).exists():
                 raise
+
+    def _push_files(self, run: Path, *names: str) -> None:
+        for name in names:
+            if (run / name).exists():
+                self._store.write(name, (run / name).read_bytes())
 
     def _remove(self, name: str) -> None:
         self._store.remove(f"checkpoints/{name}/{STATE_NAME}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -27,14 +28,17 @@ _READ_BYTES = 4 << 20
 _METRICS_A_CALL = 1000
 _PAIRS_A_CALL = 100
 _MAX_INPUT_TAG = 500
+_MODEL_FILES = ("config.json", "model.safetensors")
+"""What makes a model another one. The files that MLflow writes beside them hold a new UUID and time after each export."""
 
 
 class Shipper:
     """The background thread that copies one out folder to MLflow, and the only one that talks to MLflow."""
 
-    def __init__(self, out: Path, tracking_uri: str) -> None:
+    def __init__(self, out: Path, tracking_uri: str, identified: Callable[[], None] = lambda: None) -> None:
         self._out = out
         self._uri = tracking_uri
+        self._identified = identified
         self._state = self._read_state()
         self._client: Any = None
         self._is_attached = False
@@ -116,6 +120,7 @@ class Shipper:
         if not run_id:
             self._state["run_id"] = self._create_run(spool)
             self._save_state()
+            self._identified()
         elif spool["ending"] is None:
             self._client.update_run(run_id, status="RUNNING")
         self._is_attached = True
@@ -279,13 +284,12 @@ class Shipper:
         from mlflow.exceptions import MlflowException
 
         name, folder = model["name"], Path(model["folder"])
-        files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-        digest = digest_text([[str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for path, stat in files])
+        if not any((folder / one).is_file() for one in _MODEL_FILES):
+            self._warn(f"no model registered: {folder} holds none of {', '.join(_MODEL_FILES)}")
+            return
+        digest = digest_model(folder)
         known: dict[str, str] = self._state["models"]
         if known.get(f"{name}@{alias}") == digest:
-            return
-        if not files:
-            self._warn(f"no model registered: {folder} holds no file")
             return
         try:
             self._client.create_registered_model(name)
@@ -363,6 +367,24 @@ class Shipper:
         if now_s - self._warned_s >= _WARN_EVERY_S:
             self._warned_s = now_s
             log.warning(message)
+
+
+def digest_model(folder: Path) -> str:
+    """Digest of a model's folder: the same for each export of the same weights, config and set of files."""
+    files = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    contents = [
+        _hash_content(folder / name, files[name].st_size, files[name].st_mtime_ns)
+        for name in _MODEL_FILES
+        if name in files
+    ]
+    return digest_text([list(files), contents])
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_content(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """SHA-256 of a file; its size and time are there so that a large one is not read again at each pass of the shipper."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_metrics(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -1,7 +1,8 @@
 """MLflow that can never stop or slow a job: files first, a background thread copies them.
 
 A job writes everything into its own out folder; the folder is the spool. Nothing here waits for MLflow but `close`,
-and that for a bounded time. What MLflow did not take stays in the folder and goes there at the next open of it.
+and that for a bounded time. What MLflow did not take stays in the folder and goes there at the next open of it, models
+once the job has written and registered them again.
 
     out/metrics.jsonl, out/system*.jsonl    numbers, by `jobs.journal`
     out/pictures/*.png                      `reconstructions_00000100.png`, written whole (rename) by the job
@@ -21,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -74,10 +75,19 @@ class Tracker:
     its out folder is what guarantees it.
     """
 
-    def __init__(self, out: Path, spool: dict[str, Any], tracking_uri: str, *, sample_system: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        spool: dict[str, Any],
+        tracking_uri: str,
+        *,
+        sample_system: bool,
+        identified: Callable[[], None],
+    ) -> None:
         self._out = out
         self._spool = spool
-        self._shipper = Shipper(out, tracking_uri)
+        self._identified = identified
+        self._shipper = Shipper(out, tracking_uri, identified)
         self._closed = False
         self._save()
         self._sampler = SystemSampler(out).start() if sample_system else None
@@ -94,6 +104,7 @@ class Tracker:
         tags: dict[str, str] | None = None,
         inputs: Sequence[DatasetInput] = (),
         sample_system: bool = True,
+        identified: Callable[[], None] = lambda: None,
     ) -> Tracker:
         """Begin the run of `out`, or continue it where it has one, whatever its status; takes milliseconds.
 
@@ -109,6 +120,8 @@ class Tracker:
             tags: further tags, such as `tokenreel.fingerprint` of what the job makes.
             inputs: what it reads; also sets the tags `tokenreel.parent_fingerprint` and `tokenreel.parent_run_id`.
             sample_system: also sample this machine every 10 s.
+            identified: called, in the background, when `mlflow_run.json` has the id of a new run, and once more at the end of
+                `close`; such as to copy that file and the spool elsewhere. It must not raise.
 
         Raises:
             OSError: `out` cannot be written, so no job can run there either.
@@ -130,10 +143,10 @@ class Tracker:
             "params": {clean_name(key): str(value)[:_MAX_PARAM] for key, value in _flatten(params or {})},
             "tags": {clean_name(key): str(value)[:MAX_TAG] for key, value in all_tags.items()},
             "inputs": [asdict(one) for one in records],
-            "models": before.get("models") or {},
+            "models": {},  # the job writes their folders again, and then registers them again
             "ending": None,
         }
-        return cls(out, spool, resolve_tracking_uri(), sample_system=sample_system)
+        return cls(out, spool, resolve_tracking_uri(), sample_system=sample_system, identified=identified)
 
     @property
     def run_id(self) -> str | None:
@@ -148,7 +161,8 @@ class Tracker:
     def register_model(self, name: str, folder: Path, alias: str) -> None:
         """Upload `folder` as the run's artifact `ALIAS_model/` and register it as the version of `name` that `alias` names
         from then on, such as "final" or "best". The version has the run's `tokenreel.*` tags, so it leads back to its
-        corpus. The folder must stay as it is until `close`. Equal files are registered once, under all their aliases.
+        corpus. The folder must stay as it is until `close`; the next start of the job registers it again. Equal weights and
+        config are registered once, under all their aliases, however often they are exported and registered.
         """
         cleaned = re.sub(r"[/:]", "-", clean_name(name))
         self._spool["models"][alias] = {"name": cleaned, "folder": str(Path(folder).resolve())}
@@ -179,6 +193,7 @@ class Tracker:
             if self._sampler is not None:
                 self._sampler.stop()
             self._shipper.stop(timeout_s)
+            self._identified()
             if not self._shipper.is_done:
                 log.warning(f"MLflow does not have all of {self._out} yet; the rest goes there at the next open of it")
         return self._shipper.is_done

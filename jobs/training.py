@@ -101,8 +101,9 @@ def run_training(
         begin: writes the checkpoint that a run without one starts from; by default it starts from fresh weights.
 
     Raises:
-        ConfigError: `out` holds a run with other settings or other data.
-        TrainingFailed: the loss became non-finite, or workers died more often than allowed.
+        ConfigError: `out` or the mirror holds a run with other settings or other data, or a worker finds neither of them.
+        TrainingFailed: the loss became non-finite, workers died more often than allowed, or what they trained did not come
+            to `out`.
     """
     started_s = time.monotonic()
     workers: WorkersConfig = config.workers
@@ -115,12 +116,24 @@ def run_training(
             mirror.pull(out)
         if begin is not None and not list_checkpoints(out):
             begin()
-        tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
-        with Tracker.open(out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs) as tracker:
-            if not _is_done(out, config.loop):
-                _fit(job, out, config.loop, config.optim, workers, build, num_parts)
+        if mirror is not None:  # by which workers with another disk know the run, and what it starts from
+            mirror.push_identity(out)
+            mirror.push_newest(out)
+
+        def keep_mlflow_id() -> None:
             if mirror is not None:
-                mirror.pull(out)  # the workers may have another disk
+                mirror.push_identity_or_warn(out)
+
+        tags = {"tokenreel.fingerprint": identity, "tokenreel.out": str(out)}
+        with Tracker.open(
+            out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs, identified=keep_mlflow_id
+        ) as tracker:
+            if not _is_done(out, config.loop):
+                _fit(job, out, config.loop, config.optim, workers, mirror, build, num_parts)
+            if mirror is not None and not _is_done(out, config.loop):
+                mirror.pull(out)  # the workers have another disk
+            if not _is_done(out, config.loop):
+                raise TrainingFailed(_explain_absence(out, mirror))
             checkpoint = list_checkpoints(out)[-1]
             cursor = read_cursor(checkpoint)
             export(checkpoint, out / "model")
@@ -179,12 +192,26 @@ def _is_done(out: Path, config: LoopConfig) -> bool:
     return bool(checkpoints) and read_cursor(checkpoints[-1]).step >= config.steps
 
 
+def _explain_absence(out: Path, mirror: Mirror | None) -> str:
+    """Why the driver has no last checkpoint although the workers saved it."""
+    if mirror is None:
+        return (
+            f"{out}: the workers did all steps, but their checkpoints are on another disk. Put --out on a file system that all "
+            "nodes share, or give --workers.mirror"
+        )
+    return (
+        f"{out}: the workers did all steps, but could not copy the last checkpoint to workers.mirror = {mirror}; their logs say "
+        "why. The same command copies it, or does again what the mirror lacks where their disk is lost"
+    )
+
+
 def _fit(
     job: str,
     out: Path,
     config: LoopConfig,
     optim: OptimConfig,
     workers: WorkersConfig,
+    mirror: Mirror | None,
     build: BuildTask,
     num_parts: int,
 ) -> None:
@@ -192,9 +219,10 @@ def _fit(
         "job": job,
         "build": build,
         "run": out.resolve(),
+        "marker": (out / MARKER_NAME).read_bytes(),
         "loop": config,
         "optim": optim,
-        "workers": workers,
+        "mirror": mirror,
         "num_parts": num_parts,
     }
     with connect(), follow(out / JOURNAL_NAME, job, config.steps):
@@ -213,8 +241,8 @@ def _fit(
                 if threading.current_thread() is threading.main_thread():  # only there Ray Train replaced it
                     signal.signal(signal.SIGINT, on_interrupt)
                 shutil.rmtree(out / "ray", ignore_errors=True)
-            if outcome.error:
-                raise TrainingFailed(outcome.error)
+            if outcome.error is not None:
+                raise outcome.error
             if outcome.step >= config.steps:
                 return
             log.info("workers were told to stop, and did after step %d (%d so far)", outcome.step, num_preemptions + 1)
@@ -268,7 +296,7 @@ class _Outcome:
     """What rank 0 tells the driver: the steps done, and why no start could go further, if so."""
 
     step: int = 0
-    error: str = ""
+    error: TokenreelError | None = None
 
 
 def _work(settings: dict[str, Any]) -> _Outcome:
@@ -279,7 +307,7 @@ def _work(settings: dict[str, Any]) -> _Outcome:
     from jobs.preemption import should_stop
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    place, workers, run = ray.train.get_context(), settings["workers"], settings["run"]
+    place, run = ray.train.get_context(), settings["run"]
     rank = place.get_world_rank()
     world_size = usable_workers(place.get_world_size(), settings["num_parts"])
     if world_size < place.get_world_size():
@@ -294,9 +322,16 @@ def _work(settings: dict[str, Any]) -> _Outcome:
         should_stop=should_stop,
         measured=JobMetrics(settings["job"], run.name).set,
     )
-    if workers.mirror:
-        mirror = Mirror(workers.mirror)
-        _settle_start(run, mirror, context)
+    return _train(settings, context)
+
+
+def _train(settings: dict[str, Any], context: Context) -> _Outcome:
+    """What a worker does where it stands. What would fail again is told to the driver instead of to Ray, which would retry."""
+    mirror: Mirror | None = settings["mirror"]
+    if error := _agree_on_folder(settings["marker"], mirror, context):
+        return _Outcome(error=ConfigError(error))
+    if mirror is not None:
+        _settle_start(mirror, context)
         context = replace(context, saved=mirror.push_or_warn)
     # The same initial weights on every rank; what a step draws is seeded by the loop.
     loop.seed_everything(settings["loop"].seed, -1, 0)
@@ -306,8 +341,7 @@ def _work(settings: dict[str, Any]) -> _Outcome:
             task.objective, task.batches, context, settings["loop"], settings["optim"], task.draw, task.validate
         )
     except NonFiniteLoss as error:
-        # The same step would fail again, so this is told to the driver instead of to Ray, which would retry.
-        return _Outcome(error=str(error))
+        return _Outcome(error=TrainingFailed(str(error)))
     return _Outcome(step=cursor.step)
 
 
@@ -326,15 +360,39 @@ def _leave_out(rank: int, world_size: int) -> None:
         dist.init_process_group(backend, f"tcp://{address}:{port[0]}", rank=rank, world_size=world_size)
 
 
-def _settle_start(run: Path, mirror: Mirror, context: Context) -> None:
+def _agree_on_folder(marker: bytes, mirror: Mirror | None, context: Context) -> str:
+    """Why some worker cannot train in its folder, the same on all of them; empty where each has the driver's folder, whose
+    `run.json` is `marker`, or one of its own for what the mirror holds."""
+    run, host, trouble = context.run, socket.gethostname(), ""
+    try:
+        if mirror is not None:
+            mirror.pull_marker(run)
+        if not (run / MARKER_NAME).exists() or (run / MARKER_NAME).read_bytes() != marker:
+            trouble = (
+                f"{run} on {host} is another folder than the driver's. Put --out on a file system that all nodes share, or give "
+                "--workers.mirror"
+                if mirror is None
+                else f"workers.mirror = {mirror}: {host} does not find there what the driver put there. Give a URL, or a folder "
+                "that all nodes share"
+            )
+    except ConfigError as error:
+        trouble = f"{host}: {error}"
+    troubles = [trouble]
+    if context.world_size > 1:
+        troubles *= context.world_size
+        dist.all_gather_object(troubles, trouble)
+    return next(filter(None, troubles), "")
+
+
+def _settle_start(mirror: Mirror, context: Context) -> None:
     """Make the folders of all workers agree on the newest checkpoint, wherever they lie."""
+    run = context.run
     newest: list[str | None] = [None]
     if context.rank == 0:
         mirror.pull(run)
+        mirror.push_newest(run)
         here = list_checkpoints(run)
         newest = [here[-1].name if here else ""]
-        if here and here[-1].name not in mirror.list():  # whoever wrote it died before the copy was whole
-            mirror.push(here[-1])
     if context.world_size > 1:
         dist.broadcast_object_list(newest)
     assert newest[0] is not None

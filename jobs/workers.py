@@ -28,7 +28,7 @@ class WorkersConfig:
     """Times that workers may be told to stop (SIGTERM, a drained node) and the run goes on with others."""
     mirror: str = ""
     """Folder or URL (s3://, gs://, abfs://) that gets a copy of each checkpoint; a run whose own folder is lost goes on
-    from there. Empty for none."""
+    from there. With it, driver and workers need not share `out`. Empty for none."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.max_failures < 0:

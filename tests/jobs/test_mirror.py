@@ -13,6 +13,7 @@ from jobs.checkpoint import list_checkpoints, read_cursor
 from jobs.journal import read_journal
 from jobs.loop import Context, train
 from jobs.mirror import Mirror
+from jobs.spool import STATE_NAME
 from pipeline.errors import ConfigError
 from tests.jobs.test_loop import CONFIG, OPTIM, Noisy, Steps, losses, run_loop
 from tests.object_server import Fault, ObjectServer, serve_objects
@@ -68,6 +69,27 @@ def test_a_lost_folder_goes_on_from_the_store_bit_for_bit(place: str, tmp_path: 
         ours, theirs = (list_checkpoints(tmp_path / folder)[-1] / name for folder in ("run", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
     assert not list(run.rglob(".*"))
+
+
+def test_the_curve_comes_to_a_folder_that_has_the_checkpoint_alone(place: str, tmp_path: Path) -> None:
+    """As on a node whose worker was not the first one, and now is."""
+    mirror = Mirror(place)
+    run_with(tmp_path / "run", mirror)
+    mirror.fetch(tmp_path / "node", "00000006")
+    mirror.pull(tmp_path / "node")
+    assert [row["step"] for row in read_journal(tmp_path / "node" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_folder_of_another_run_knows_of_mlflow_is_not_mixed_up(tmp_path: Path) -> None:
+    mirror, other = Mirror(str(tmp_path / "mirror")), tmp_path / "other"
+    for folder in (tmp_path / "run", other):
+        folder.mkdir()
+        (folder / "run.json").write_text(folder.name)
+    (tmp_path / "run" / STATE_NAME).write_text('{"run_id": "1"}')
+    mirror.push_identity(tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another run than"):
+        mirror.pull_identity(other)
+    assert [path.name for path in other.iterdir()] == ["run.json"]
 
 
 def test_a_mirror_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from jobs.config import CONFIG_NAME
 from jobs.model_folder import Features, add_mlflow_model, load_model, write_model
+from jobs.shipper import digest_model
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
 
@@ -39,6 +40,15 @@ def folder(objective: VimpacObjective, tmp_path_factory: pytest.TempPathFactory)
     write_model(run / "model", objective, run)
     add_mlflow_model(run / "model", objective)
     return run / "model"
+
+
+def test_each_export_of_a_network_is_the_same_model(folder: Path, objective: VimpacObjective, tmp_path: Path) -> None:
+    shutil.copy(folder.parent / CONFIG_NAME, tmp_path)
+    write_model(tmp_path / "model", objective, tmp_path)
+    half = digest_model(tmp_path / "model")
+    add_mlflow_model(tmp_path / "model", objective)
+    assert (tmp_path / "model" / "MLmodel").read_text() != (folder / "MLmodel").read_text()  # a UUID, a time
+    assert digest_model(tmp_path / "model") == digest_model(folder) != half
 
 
 def draw_tokens(num_clips: int) -> torch.Tensor:

@@ -39,6 +39,13 @@ def open_tracker(out: Path, **kwargs: Any) -> Tracker:
     return Tracker.open(out, **{"job": "pretrain", "name": "tiny", "sample_system": False, **kwargs})
 
 
+def register(out: Path, name: str, model: Path) -> None:
+    tracker = open_tracker(out)
+    tracker.register_model(name, model, "final")
+    tracker.finish("FINISHED")
+    assert tracker.close(60)
+
+
 def read_steps(client: Any, out: Path, key: str) -> list[tuple[int, float]]:
     run_id = read_run_id(out)
     assert run_id
@@ -307,6 +314,8 @@ def test_server_away_for_the_whole_job_and_back(
         first.register_model("away", best, "best")
     assert first.run_id is None
     tracker = open_tracker(out, params={"optim": {"lr": 0.5}})  # the same command again, still nobody
+    tracker.register_model("away", final, "final")
+    tracker.register_model("away", best, "best")
     with Journal(out) as journal:
         for step in range(10, 20):
             journal.log(step, {"loss": step})
@@ -337,15 +346,42 @@ def test_a_run_that_goes_on_registers_its_new_model_beside_the_old_one(tmp_path:
     versions = []
     for steps in ("one", "two"):
         (model / "model.safetensors").write_text(steps)
-        tracker = open_tracker(out)
-        tracker.register_model("longer", model, "final")
-        tracker.finish("FINISHED")
-        assert tracker.close(60)
+        register(out, "longer", model)
         versions.append(client.get_model_version_by_alias("longer", "final"))
     assert [
         Path(client.download_artifacts(one.run_id, Path(one.source).name), "model.safetensors").read_text()
         for one in versions
     ] == ["one", "two"]
+
+
+@pytest.mark.parametrize("is_state_lost", [False, True])
+def test_the_same_model_exported_again_is_no_new_version(tmp_path: Path, client: Any, is_state_lost: bool) -> None:
+    out, model, name = tmp_path / "out", tmp_path / "model", f"again-{is_state_lost}"
+    model.mkdir()
+    for export in ("first", "second"):
+        (model / "model.safetensors").write_bytes(b"weights")
+        (model / "config.json").write_text("{}")
+        (model / "MLmodel").write_text(f"model_uuid: {export}")
+        os.utime(model / "model.safetensors", (1, 1) if export == "first" else (2, 2))
+        register(out, name, model)
+        if is_state_lost:
+            (out / STATE_NAME).unlink()
+    assert len(client.search_model_versions(f"name = '{name}'")) == 1
+    (model / "config.json").write_text('{"layers": 2}')
+    register(out, name, model)
+    assert len(client.search_model_versions(f"name = '{name}'")) == 2
+
+
+def test_a_model_is_not_registered_while_it_is_written_again(tmp_path: Path, client: Any) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    register(out, "rewritten", model)
+    tracker = open_tracker(out)
+    (model / "model.safetensors").write_bytes(b"wei")  # an export that has just begun
+    tracker.finish("FINISHED")
+    assert tracker.close(60)
+    assert len(client.search_model_versions("name = 'rewritten'")) == 1
 
 
 def test_two_jobs_make_one_store(tmp_path: Path) -> None:
