@@ -182,6 +182,15 @@ class TestTranscode:
             assert one.info and counters(frames_of(data, one.info, 10)) == list(frames)
             same_as_probed(one, data)
 
+    @pytest.mark.parametrize("storage", ["remux", "transcode"])
+    @pytest.mark.parametrize("suffix", ["flv", "mkv"])
+    def test_sound_that_outlasts_the_picture_is_no_window(self, tmp_path: Path, suffix: str, storage: str) -> None:
+        path = make_clip(tmp_path / f"c.{suffix}", seconds=4, fps=25, audio=True, extra=["-c:a", "aac"])
+        with path.open("rb") as file:
+            assert 4 < probe(file, LIMITS).duration_s < 4.04
+        found = [one for one, _ in cut(path, clips=ClipConfig(mode="window", window_s=2), storage=storage)]
+        assert [one.planned.start_s for one in found] == [0, 2] and not any(one.error for one in found)
+
     def test_scores_come_from_the_same_decoding(self) -> None:
         """And change nothing about the file; they equal those of a pass of its own over the source."""
         ((plain, data),), ((scored, same),) = (cut(BIKES, quality=quality) for quality in (QualityConfig(), SCORED))
