@@ -235,7 +235,8 @@ class TestWithoutIndex:
 
     @pytest.fixture(params=["ts libx264 2", "ts mpeg2video 2", "mpg mpeg2video 0", "mpg mpeg2video 2"])
     def path(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-        """16 s, not at the 25 fps that ffmpeg takes by default; frame n has grey level 32 + 8 * (n % 25), and noise, so that it is as large as real ones are."""
+        """16 s, not at the 25 fps that ffmpeg takes by default. Frame n has grey level 32 + 8 * (n % 25), and noise, so
+        that it is as large as real ones are."""
         suffix, codec, b_frames = request.param.split()
         extra = ["-vf", "geq=lum='32+8*mod(N,25)':cb=128:cr=128,noise=alls=20:allf=t"]
         extra += ["-bf", b_frames, "-g", "90", "-sc_threshold", "1000000000", "-q:v", "5"]
