@@ -14,6 +14,8 @@ from pipeline.schema import ClipSpan
 _MODES = ("whole", "window", "shots", "manifest")
 _ROUNDING_S = 1e-6
 """A window that ends this close to the video's end has reached it."""
+_TIMESTAMP_S = 1e-3
+"""Matroska and FLV round times to this, so that one frame may last as much less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,25 +62,28 @@ def plan_clips(
 ) -> list[ClipSpan]:
     """Spans within `[0, duration_s)`, in order of their starts; none is empty.
 
-    Whole, shots and windows without a stride tile the video without gap or overlap; the last window may be shorter.
-    (The spans of mode manifest come from the plan, not from here.)
+    Whole, shots and windows without a stride tile the video without gap or overlap; the last window may be shorter, and
+    what is left after it is less than a frame. (The spans of mode manifest come from the plan, not from here.)
 
     Args:
         cuts_s: where shots begin, ascending, in seconds (mode shots).
-        frame_s: how long a frame lasts; less than that is not split off a shot, as it would hold no frame.
+        frame_s: how long a frame lasts; less than that is not split off a shot, and is no window at the end, where a
+            container counts sound that outlasts the picture: it would hold no frame.
     """
     if config.mode == "window":
-        return _windows(duration_s, config.window_s, config.stride_s or config.window_s)
+        return _windows(duration_s, config.window_s, config.stride_s or config.window_s, frame_s)
     if config.mode == "shots":
         return _shots(duration_s, config.max_s, cuts_s, frame_s)
     return [ClipSpan(start_s=0.0, end_s=duration_s)]
 
 
-def _windows(duration_s: float, window_s: float, stride_s: float) -> list[ClipSpan]:
+def _windows(duration_s: float, window_s: float, stride_s: float, frame_s: float) -> list[ClipSpan]:
     spans = []
     index = 0
     # Products, not a running sum, so that the last window does not depend on rounding along the way.
     while (start_s := index * stride_s) < duration_s:
+        if index and duration_s - start_s < frame_s - _TIMESTAMP_S:
+            break
         end_s = (index + 1) * window_s if stride_s == window_s else start_s + window_s
         spans.append(ClipSpan(start_s=start_s, end_s=min(end_s, duration_s)))
         if end_s >= duration_s - _ROUNDING_S:  # with overlap, a later window would lie within this one

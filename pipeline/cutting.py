@@ -78,7 +78,8 @@ def _cut(file: IO[bytes], info: VideoInfo, spans: Sequence[ClipSpan] | None, set
         spans = plan_clips(duration_s, settings.clips, watched.cuts_s, frame_s)
     else:
         watched = None
-        spans = plan_clips(info.duration_s, settings.clips) if spans is None else sorted(spans, key=_start)
+        planned = plan_clips(info.duration_s, settings.clips, frame_s=1 / info.fps) if spans is None else spans
+        spans = sorted(planned, key=_start)
     for span in spans:
         yield _cut_span(file, info, span, settings, watched)
 

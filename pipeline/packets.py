@@ -6,10 +6,14 @@ from fractions import Fraction
 from typing import IO
 
 from pipeline import ffmpeg
+from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 
 _LINE_BYTES = 160
 _MAX_LISTING_BYTES = 2**30
+_SEEK_LEADS_S = (3.0, 12.0, 60.0)
+"""How much earlier to seek in MPEG-TS, one after the other, until a keyframe is found."""
+_ROUNDING_S = 1e-3
 
 
 class PacketTimes:
@@ -64,3 +68,40 @@ def measure_duration(source: IO[bytes], limits: FfmpegLimits) -> float:
             times.take(chunk)
         process.finish()
     return times.end_s
+
+
+def find_lead(source: IO[bytes], container: str, start_s: float, limits: FfmpegLimits) -> float:
+    """How many seconds before `start_s` to seek, so that every frame from there on can be decoded; `start_s`: read it all.
+
+    0 but for containers without an index, where a seek may land after the last keyframe before its time, and all frames up
+    to the next one would be lost. In MPEG-TS a process looks for that keyframe, earlier and earlier. MPEG-PS is read from
+    its start, whatever that costs: after a seek in it, ffmpeg may take the times of all frames for some frames too late.
+
+    Args:
+        container: ffprobe's name for it.
+
+    Raises:
+        BadVideo: a limit was exceeded.
+    """
+    if container == "mpegts":
+        for lead_s in _SEEK_LEADS_S:
+            if lead_s < start_s and _finds_keyframe(source, start_s - lead_s, start_s, limits):
+                return lead_s
+    return start_s if container in ("mpegts", "mpeg") else 0.0
+
+
+def _finds_keyframe(source: IO[bytes], seek_s: float, until_s: float, limits: FfmpegLimits) -> bool:
+    """Whether the first keyframe that a seek to `seek_s` finds is shown at `until_s` or before."""
+    times = PacketTimes(1)
+    command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *ffmpeg.start_words(seek_s)]
+    command += ["-i", ffmpeg.source_url(source), "-map", "0:V:0", "-frames:v", "1", *times.output()]
+    try:
+        with Process(command, [source], limits, pipes=[times.pipe]) as process:
+            for _, chunk in process.read():
+                times.take(chunk)  # a copy leaves out what stands before a keyframe
+            process.finish()
+    except BadVideo as bad:
+        if bad.reject_class != "corrupt":
+            raise
+        return False
+    return times.count > 0 and seek_s + times.first_s <= until_s + _ROUNDING_S

@@ -190,7 +190,7 @@ class _Encoder:
         config, info = self._settings.transcode, self._info
         if self._settings.audio and info.audio_codec:
             silent = self._out
-            self._out = add_sound(silent, source, span, self._settings.limits)
+            self._out = add_sound(silent, source, info, span, self._settings.limits)
             silent.close()
         stored = describe_mp4(self._out, config.codec, "aac" if self._settings.audio and info.audio_codec else "")
         if stored is None:

@@ -11,6 +11,7 @@ from pipeline import ffmpeg
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.mp4 import read_video_track
+from pipeline.packets import find_lead
 from pipeline.probe import VideoInfo
 from pipeline.schema import ClipSpan
 from pipeline.scoring import SCALE_FLAGS, Watch, constant_rate
@@ -78,17 +79,18 @@ def transcode_span(
         BadVideo: the span cannot be decoded, holds no frame, or a limit was exceeded.
     """
     bound = max_encoded_bytes(info, span.duration_s, config, limits)
-    graph = [f"[0:V:0]trim=start=0:end={span.duration_s:.9f}{',split=2[picture][look]' if watch else '[picture]'}"]
+    lead_s = find_lead(file, info.container, span.start_s, limits)
+    graph = [f"[0:V:0]{_trim(span, lead_s)}{',split=2[picture][look]' if watch else '[picture]'}"]
     if watch:
         graph += [f"[look]{constant_rate(info)}[looked]", watch.graph("looked")]
     rate = f"fps={config.fps:.10g}," if config.fps else ""
     graph += [f"[picture]{rate}{_scale(config)}[video]"]
     sound = audio and info.audio_codec
     if sound:
-        graph += [f"[0:a:0]{_sound(span)}[sound]"]
+        graph += [f"[0:a:0]{_sound(span, lead_s)}[sound]"]
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(ffmpeg.open_unnamed(bound))
-        command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *ffmpeg.start_words(span.start_s)]
+        command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *ffmpeg.start_words(span.start_s - lead_s)]
         command += ["-i", ffmpeg.source_url(file), "-filter_complex", ";".join(graph), "-map", "[video]"]
         command += ["-map", "[sound]", *_AUDIO] if sound else []
         command += [*encoder_words(config), *MP4, ffmpeg.source_url(out)]
@@ -108,15 +110,20 @@ def transcode_span(
     return out, stored
 
 
-def add_sound(clip: IO[bytes], source: IO[bytes], span: ClipSpan, limits: FfmpegLimits) -> IO[bytes]:
-    """The clip's pictures as they are, with the sound of `source` in `span`, as a new MP4 file without a name."""
+def add_sound(clip: IO[bytes], source: IO[bytes], info: VideoInfo, span: ClipSpan, limits: FfmpegLimits) -> IO[bytes]:
+    """The clip's pictures as they are, with the sound of `source` in `span`, as a new MP4 file without a name.
+
+    Args:
+        info: the probe of `source`.
+    """
+    lead_s = find_lead(source, info.container, span.start_s, limits)
     clip_bytes = clip.seek(0, 2)
     bound = clip_bytes + 2**20 + int(2**16 * span.duration_s)
     out = ffmpeg.open_unnamed(bound)
     command = [*ffmpeg.command(), "-i", ffmpeg.source_url(clip), *ffmpeg.input_words(limits)]
-    command += [*ffmpeg.start_words(span.start_s), "-i", ffmpeg.source_url(source)]
+    command += [*ffmpeg.start_words(span.start_s - lead_s), "-i", ffmpeg.source_url(source)]
     command += ["-map", "0:v:0", "-c:v", "copy"]
-    command += ["-filter_complex", f"[1:a:0]{_sound(span)}[sound]", "-map", "[sound]", *_AUDIO]
+    command += ["-filter_complex", f"[1:a:0]{_sound(span, lead_s)}[sound]", "-map", "[sound]", *_AUDIO]
     command += [*MP4, ffmpeg.source_url(out)]
     try:
         with Process(command, [source, clip, out], limits, max_file_bytes=bound) as process:
@@ -127,9 +134,17 @@ def add_sound(clip: IO[bytes], source: IO[bytes], span: ClipSpan, limits: Ffmpeg
     return out
 
 
-def _sound(span: ClipSpan) -> str:
+def _trim(span: ClipSpan, lead_s: float, audio: bool = False) -> str:
+    """Filters from what is read `lead_s` before the span to the span alone, from 0 on."""
+    a = "a" if audio else ""
+    trim = f"{a}trim=start={lead_s:.9f}:end={lead_s + span.duration_s:.9f}"
+    # Not by -itsoffset, which does nothing from 10 s on: ffmpeg takes it for a break in these containers' times.
+    return f"{trim},{a}setpts=PTS-round({lead_s:.9f}/TB)" if lead_s else trim
+
+
+def _sound(span: ClipSpan, lead_s: float) -> str:
     # From the first frame on, whatever is missing filled with silence, so that it stays in step.
-    return f"atrim=start=0:end={span.duration_s:.9f},aresample=async=1:first_pts=0"
+    return f"{_trim(span, lead_s, audio=True)},aresample=async=1:first_pts=0"
 
 
 def describe_mp4(out: IO[bytes], codec: str, audio_codec: str) -> VideoInfo | None:

@@ -82,6 +82,16 @@ def test_last_window_is_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("duration_s", "stride_s", "count"), [(4.023, 0, 2), (4.0395, 0, 3), (4.04, 0, 3), (8.02, 4, 2)]
+)
+def test_less_than_a_frame_is_no_window(duration_s: float, stride_s: float, count: int) -> None:
+    """Sound often outlasts the picture; a frame may be stated up to a millisecond shorter than it is."""
+    config = ClipConfig(mode="window", window_s=2, stride_s=stride_s)
+    assert len(plan_clips(duration_s, config, frame_s=0.04)) == count
+    assert plan_clips(0.02, config, frame_s=0.04) == [ClipSpan(start_s=0, end_s=0.02)]
+
+
+@pytest.mark.parametrize(
     ("bad", "named"),
     [
         ({"mode": "scenes"}, "mode"),

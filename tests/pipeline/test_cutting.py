@@ -82,6 +82,12 @@ def hashes(path: Path, start: int = 0, stop: int | None = None, name: str = "0:V
     return [line.split(",")[5] for line in done.stdout.splitlines() if not line.startswith("#")][start:stop]
 
 
+def sound_of(data: bytes) -> np.ndarray:
+    """Samples of a clip's sound, mono, 8000 a second."""
+    command = ["ffmpeg", "-v", "error", "-i", "-", "-map", "0:a:0", "-ac", "1", "-ar", "8000", "-f", "s16le", "-"]
+    return np.frombuffer(subprocess.run(command, input=data, capture_output=True, timeout=60, check=True).stdout, "<i2")
+
+
 def same_as_probed(cut: Cut, data: bytes) -> None:
     with open_bytes(data) as file:
         probed = probe(file, LIMITS)
@@ -176,6 +182,15 @@ class TestTranscode:
             assert one.info and counters(frames_of(data, one.info, 10)) == list(frames)
             same_as_probed(one, data)
 
+    @pytest.mark.parametrize("storage", ["remux", "transcode"])
+    @pytest.mark.parametrize("suffix", ["flv", "mkv"])
+    def test_sound_that_outlasts_the_picture_is_no_window(self, tmp_path: Path, suffix: str, storage: str) -> None:
+        path = make_clip(tmp_path / f"c.{suffix}", seconds=4, fps=25, audio=True, extra=["-c:a", "aac"])
+        with path.open("rb") as file:
+            assert 4 < probe(file, LIMITS).duration_s < 4.04
+        found = [one for one, _ in cut(path, clips=ClipConfig(mode="window", window_s=2), storage=storage)]
+        assert [one.planned.start_s for one in found] == [0, 2] and not any(one.error for one in found)
+
     def test_scores_come_from_the_same_decoding(self) -> None:
         """And change nothing about the file; they equal those of a pass of its own over the source."""
         ((plain, data),), ((scored, same),) = (cut(BIKES, quality=quality) for quality in (QualityConfig(), SCORED))
@@ -213,6 +228,39 @@ class TestBFrames:
         assert found.error is None and found.span.start_s == pytest.approx(0, abs=1 / 25 + 1e-6)
         (tmp_path / "clip").write_bytes(data)
         assert hashes(tmp_path / "clip")[:45] == hashes(path)[:45]  # the last few may need a frame beyond the end
+
+
+class TestWithoutIndex:
+    """MPEG-TS and MPEG-PS: a seek in them may land after the last keyframe before the wanted start."""
+
+    @pytest.fixture(params=["ts libx264 2", "ts mpeg2video 2", "mpg mpeg2video 0", "mpg mpeg2video 2"])
+    def path(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        """16 s, not at the 25 fps that ffmpeg takes by default. Frame n has grey level 32 + 8 * (n % 25), and noise, so
+        that it is as large as real ones are."""
+        suffix, codec, b_frames = request.param.split()
+        extra = ["-vf", "geq=lum='32+8*mod(N,25)':cb=128:cr=128,noise=alls=20:allf=t"]
+        extra += ["-bf", b_frames, "-g", "90", "-sc_threshold", "1000000000", "-q:v", "5"]
+        return make_clip(tmp_path / f"c.{suffix}", seconds=16, fps=24, source="color=black", codec=codec, extra=extra)
+
+    def test_a_transcoded_span_begins_with_its_own_frame(self, path: Path) -> None:
+        """Close to the start, between keyframes, just before one, at one, far enough in for a longer lead, at the end."""
+        starts = (14, 55, 89, 90, 330, 350, 372)
+        wanted = spans(*((start / 24, min(start + 20, 384) / 24) for start in starts))
+        for start, (one, data) in zip(starts, cut(path, wanted), strict=True):
+            assert one.error is None and one.info and one.info.fps == pytest.approx(24)
+            levels = frames_of(data, one.info, 24).mean((1, 2, 3)) * 219 / 255 + 16
+            assert [round((level - 32) / 8) for level in levels] == [n % 25 for n in range(start, min(start + 20, 384))]
+
+    def test_sound_of_a_shot_begins_with_it(self, tmp_path: Path) -> None:
+        """A beep from 4 s on, and shots of 2 s."""
+        path = make_clip(
+            tmp_path / "c.ts", seconds=8, fps=25, audio=True, extra=["-g", "90", "-af", "volume=0:enable='lt(t,4)'"]
+        )
+        found = cut(path, clips=ClipConfig(mode="shots", max_s=2), audio=True)
+        for (one, data), is_loud in zip(found, [False, False, True, True], strict=True):
+            samples = sound_of(data)
+            assert one.info and len(samples) / 8000 == pytest.approx(2, abs=0.1)
+            assert (np.abs(samples[:800].astype(int)).max() > 1000) == is_loud
 
 
 class TestShots:
