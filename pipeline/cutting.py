@@ -19,7 +19,7 @@ from pipeline.scoring import Watch, watch_file
 from pipeline.shots import encode_shots
 from pipeline.transcode import transcode_span
 
-_EXTENSIONS = {"mov": "mp4", "matroska": "mkv", "mpegts": "ts", "mpeg": "mpg", "mpegvideo": "mpg"}
+_EXTENSIONS = {"mov": "mp4", "matroska": "mkv", "mpegts": "ts", "mpeg": "mpg"}
 
 
 def cut_video(

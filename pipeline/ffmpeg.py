@@ -92,14 +92,11 @@ def command() -> list[str]:
     return ["ffmpeg", "-v", "error", "-nostdin", "-nostats", "-y", *one]
 
 
-def run(
-    args: Sequence[str], source: IO[bytes], limits: FfmpegLimits, max_output_bytes: int, max_file_bytes: int = 0
-) -> bytes:
+def run(args: Sequence[str], source: IO[bytes], limits: FfmpegLimits, max_output_bytes: int) -> bytes:
     """Run `args` (whose input is `source_url(source)`) to its end and return what it wrote to stdout.
 
     Args:
         max_output_bytes: more output than this is an endless or lying stream.
-        max_file_bytes: size of a file it may write, where `args` name one.
 
     Raises:
         BadVideo: `timeout`, `resources`, `too-large`, or `corrupt` with the tail of stderr.
@@ -107,7 +104,7 @@ def run(
     """
     source.seek(0)
     stdout = Pipe(max_output_bytes)
-    with Process(args, [source], limits, stdout=stdout, max_file_bytes=max_file_bytes) as process:
+    with Process(args, [source], limits, stdout=stdout) as process:
         output = b"".join(chunk for _, chunk in process.read())
         process.finish()
     return output
