@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,8 @@ _RECIPES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit with the job's code."""
+    """Run the command line and exit with the job's code. SIGTERM ends a job as Ctrl-C does: it says so and how to resume."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -151,8 +153,8 @@ def run(argv: list[str]) -> int:
         if name not in _JOBS:
             raise ConfigError(f"no job {name!r}; allowed: {', '.join(_JOBS)}. See tokenreel --help")
         result = _run_job(name, rest)
-    except SystemExit:  # --help
-        return 0
+    except SystemExit as stop:  # --help has no code
+        return int(bool(stop.code))
     except ConfigError as error:
         result = _failure(name, "usage", str(error))
     except (TokenreelError, FileNotFoundError, PermissionError) as error:
@@ -185,7 +187,7 @@ def _run_job(name: str, argv: list[str]) -> JobResult:
     options = parse_options(name, argv)
     try:
         result: JobResult = importlib.import_module(_JOBS[name].module).run(options)
-    except SystemExit as stop:  # how Ray answers SIGTERM in its driver
+    except SystemExit as stop:  # as SIGTERM is answered, here and by Ray in its driver
         raise TokenreelError("told to stop (SIGTERM); run the same command again to resume") from stop
     return result
 
