@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jobs.bench.learn.arms import NONE, TABLES
+from jobs.bench.learn.arms import BASE, NONE, TABLES
 
 # 97.5 % points of Student's t with 1 to 9 degrees of freedom: of so few seeds a normal interval would promise too much.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -116,7 +116,10 @@ def write_plot(path: Path, benchmark: Mapping[str, Any], results: Sequence[Mappi
     estimates = collect(results)
     present = {key[0] for key in estimates}
     tables = {title: [arm for arm in arms if arm in present] for title, arms in TABLES.items()}
-    tables = {title: arms for title, arms in tables.items() if len(arms) > 1}
+    first = next(iter(TABLES))  # which alone may show no more than pre-training against none
+    tables = {
+        title: arms for title, arms in tables.items() if len(arms) > 1 and (title == first or {*arms} - {NONE, BASE})
+    }
     tasks = [task for task in benchmark["tasks"] if any(key[1] == task for key in estimates)]
     figure = Figure(figsize=(6 * max(1, min(3, len(tables))), 4.5 * max(1, -(-len(tables) // 3))), layout="constrained")
     FigureCanvasAgg(figure)
