@@ -107,10 +107,8 @@ def describe(config: SubmitConfig) -> Submission:
     job, job_config = parse_job(list(config.words))
     out = str(getattr(job_config, "out", ""))
     for name in _OUTPUTS:
-        place = str(getattr(job_config, name, None) or "")
-        if place not in ("", ".") and not (
-            "://" in place or Path(place).is_absolute()
-        ):  # "." is doctor's, which keeps nothing
+        place = str(getattr(job_config, name, None) or ".")  # doctor's own default is ".", where it keeps nothing
+        if place != "." and "://" not in place and not Path(place).is_absolute():
             raise ConfigError(
                 f"{name} = {place}: a submitted job starts in a folder of the cluster's that goes when it ends; give a path that "
                 "all nodes share, from / on, or a URL (s3://, gs://, abfs://)"

@@ -285,9 +285,8 @@ class Process:
         ):
             with contextlib.suppress(ProcessLookupError):  # it may have ended already
                 _, hard = resource.prlimit(self._process.pid, kind)
-                if (
-                    hard != resource.RLIM_INFINITY and hard < value
-                ):  # inherited: it holds anyway, and only root may raise it
+                # What we inherited holds anyway, and only root may raise it.
+                if hard != resource.RLIM_INFINITY and hard < value:
                     value = hard
                     if kind == resource.RLIMIT_CPU:
                         self._cpu_s, self._cpu_limit = hard, "this job's own limit, as of ulimit -t"

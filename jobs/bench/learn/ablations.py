@@ -205,7 +205,8 @@ def _track(run: ArmRun, parent_id: str) -> None:
     result = json.loads((run.folder / RESULT_NAME).read_text())
     tags = {"mlflow.parentRunId": parent_id} if parent_id else {}
     summary = {f"{row['task']}_{row['method']}_{row['share']:g}": row["accuracy"] for row in result["rows"]}
-    params = {name: result["settings"][name] for name in ("arm", "seed", "budget")}
+    settings = json.loads((run.folder / SETTINGS_NAME).read_text())
+    params = {name: settings[name] for name in ("arm", "seed", "budget")}
     with Tracker.open(
         run.folder,
         job="bench learn ablations",

@@ -109,7 +109,6 @@ def _run_arm(run: ArmRun) -> None:
     result = {
         "arm": run.arm.name,
         "seed": run.seed,
-        "settings": settings_of(run),
         "masked_token_accuracy": float(np.mean(accuracies)) if accuracies else None,
         "pretrain_s": round(pretrain_s, 1),
         "measure_s": round(time.monotonic() - started_s - pretrain_s, 1),
