@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs import loop
-from jobs.checkpoint import best_checkpoint, discard, list_checkpoints, read_cursor
+from jobs.checkpoint import best_checkpoint, list_checkpoints, read_cursor
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
@@ -31,6 +31,7 @@ from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
 from jobs.mirror import MARKER_NAME, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
+from jobs.run_folders import agree_on_folder, explain_absence, settle_start
 from jobs.tracking import DatasetInput, Tracker
 from jobs.workers import WorkersConfig, usable_workers
 from models.optim import OptimConfig
@@ -133,7 +134,7 @@ def run_training(
             if mirror is not None and not _is_done(out, config.loop):
                 mirror.pull(out)  # the workers have another disk
             if not _is_done(out, config.loop):
-                raise TrainingFailed(_explain_absence(out, mirror))
+                raise TrainingFailed(explain_absence(out, mirror))
             checkpoint = list_checkpoints(out)[-1]
             cursor = read_cursor(checkpoint)
             export(checkpoint, out / "model")
@@ -190,19 +191,6 @@ def read_run_fingerprint(run: Path) -> str:
 def _is_done(out: Path, config: LoopConfig) -> bool:
     checkpoints = list_checkpoints(out)
     return bool(checkpoints) and read_cursor(checkpoints[-1]).step >= config.steps
-
-
-def _explain_absence(out: Path, mirror: Mirror | None) -> str:
-    """Why the driver has no last checkpoint although the workers saved it."""
-    if mirror is None:
-        return (
-            f"{out}: the workers did all steps, but their checkpoints are on another disk. Put --out on a file system that all "
-            "nodes share, or give --workers.mirror"
-        )
-    return (
-        f"{out}: the workers did all steps, but could not copy the last checkpoint to workers.mirror = {mirror}; their logs say "
-        "why. The same command copies it, or does again what the mirror lacks where their disk is lost"
-    )
 
 
 def _fit(
@@ -328,10 +316,10 @@ def _work(settings: dict[str, Any]) -> _Outcome:
 def _train(settings: dict[str, Any], context: Context) -> _Outcome:
     """What a worker does where it stands. What would fail again is told to the driver instead of to Ray, which would retry."""
     mirror: Mirror | None = settings["mirror"]
-    if error := _agree_on_folder(settings["marker"], mirror, context):
+    if error := agree_on_folder(settings["marker"], mirror, context):
         return _Outcome(error=ConfigError(error))
     if mirror is not None:
-        _settle_start(mirror, context)
+        settle_start(mirror, context)
         context = replace(context, saved=mirror.push_or_warn)
     # The same initial weights on every rank; what a step draws is seeded by the loop.
     loop.seed_everything(settings["loop"].seed, -1, 0)
@@ -358,49 +346,6 @@ def _leave_out(rank: int, world_size: int) -> None:
     dist.destroy_process_group()
     if rank < world_size:
         dist.init_process_group(backend, f"tcp://{address}:{port[0]}", rank=rank, world_size=world_size)
-
-
-def _agree_on_folder(marker: bytes, mirror: Mirror | None, context: Context) -> str:
-    """Why some worker cannot train in its folder, the same on all of them; empty where each has the driver's folder, whose
-    `run.json` is `marker`, or one of its own for what the mirror holds."""
-    run, host, trouble = context.run, socket.gethostname(), ""
-    try:
-        if mirror is not None:
-            mirror.pull_marker(run)
-        if not (run / MARKER_NAME).exists() or (run / MARKER_NAME).read_bytes() != marker:
-            trouble = (
-                f"{run} on {host} is another folder than the driver's. Put --out on a file system that all nodes share, or give "
-                "--workers.mirror"
-                if mirror is None
-                else f"workers.mirror = {mirror}: {host} does not find there what the driver put there. Give a URL, or a folder "
-                "that all nodes share"
-            )
-    except ConfigError as error:
-        trouble = f"{host}: {error}"
-    troubles = [trouble]
-    if context.world_size > 1:
-        troubles *= context.world_size
-        dist.all_gather_object(troubles, trouble)
-    return next(filter(None, troubles), "")
-
-
-def _settle_start(mirror: Mirror, context: Context) -> None:
-    """Make the folders of all workers agree on the newest checkpoint, wherever they lie."""
-    run = context.run
-    newest: list[str | None] = [None]
-    if context.rank == 0:
-        mirror.pull(run)
-        mirror.push_newest(run)
-        here = list_checkpoints(run)
-        newest = [here[-1].name if here else ""]
-    if context.world_size > 1:
-        dist.broadcast_object_list(newest)
-    assert newest[0] is not None
-    if newest[0]:
-        mirror.fetch(run, newest[0])
-    for path in list_checkpoints(run):
-        if path.name > newest[0]:
-            discard(path)
 
 
 def _curve(out: Path) -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from jobs import shipper, training
+from jobs import run_folders, shipper, training
 from jobs.checkpoint import Cursor, list_checkpoints, read_tensors, write_checkpoint
 from jobs.journal import read_journal
 from jobs.loop import Context, LoopConfig, train
@@ -201,7 +201,7 @@ def test_a_worker_that_has_an_older_run_at_the_same_place_is_refused(disk: Path,
 
 def test_a_worker_that_does_not_see_the_mirror_is_refused(tmp_path: Path) -> None:
     elsewhere = Mirror(str(tmp_path / "another disk"))
-    trouble = training._agree_on_folder(b"{}", elsewhere, Context(run=tmp_path / "run"))
+    trouble = run_folders.agree_on_folder(b"{}", elsewhere, Context(run=tmp_path / "run"))
     assert "another disk" in trouble and "Give a URL, or a folder that all nodes share" in trouble
 
 
