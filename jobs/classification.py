@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from jobs.checkpoint import best_checkpoint, list_checkpoints, read_cursor
 from jobs.classification_report import Report, write_report
 from jobs.config import CONFIG_NAME, load_config, to_plain
-from jobs.finetune import FinetuneConfig, load_classifier, open_clips, predict
+from jobs.finetune import FinetuneConfig, MultiClipConfig, open_clips
 from jobs.folder import lock_folder
 from jobs.metrics import (
     bootstrap_interval,
@@ -26,6 +25,7 @@ from jobs.metrics import (
     top_k_hits,
 )
 from jobs.model_folder import read_classes
+from jobs.predictions import PredictorSpec, predict_clips
 from jobs.pretrain import tokenizer_differences
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
@@ -55,6 +55,9 @@ class ClassifyConfig:
     """Bins of confidence that the calibration error is a mean over."""
     resamples: int = 2000
     """Times that the videos are drawn again for the intervals of 95 %."""
+    num_models: int = 1
+    """Copies of the model that predict side by side on Ray, one GPU each or, where there is none, one thread each; 0: as many as
+    there are GPUs or CPUs; 1: the one in this process, without Ray, on its first GPU or all its CPUs."""
 
     def __post_init__(self) -> None:
         if min(self.num_clips or 1, self.num_bins, self.resamples) < 1 or self.num_clips == 0:
@@ -62,6 +65,8 @@ class ClassifyConfig:
                 f"classify: num_clips = {self.num_clips}, num_bins = {self.num_bins}, resamples = {self.resamples}: must be 1 or "
                 "more"
             )
+        if self.num_models < 0:
+            raise ConfigError(f"classify.num_models = {self.num_models}: must be 0 or more")
 
 
 def is_finetuned(run: Path) -> bool:
@@ -128,10 +133,8 @@ def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: Classi
         )
     labels = clips.class_numbers(chosen, classes)
     checkpoint, selected_by = _select(run, config)
-    classifier = load_classifier(trained, classes, checkpoint)
-    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
     views = replace(trained.test.views, crops=config.crops) if config.crops else trained.test.views
-    num_clips = config.num_clips or trained.test.num_clips
+    windows = MultiClipConfig(num_clips=config.num_clips or trained.test.num_clips, views=views)
     out = _report_folder(run, config)
     run_digest = read_run_fingerprint(run)
     with (
@@ -148,13 +151,16 @@ def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: Classi
             ],
         ) as tracker,
     ):
-        probabilities = predict(classifier, clips, chosen, views, num_clips, batch_size)
+        spec = PredictorSpec(
+            trained=trained, classes=classes, checkpoint=checkpoint, windows=windows, batch_size=batch_size
+        )
+        probabilities = predict_clips(spec, chosen, config.num_models)
         report = measure(clips, chosen, labels, classes, probabilities, config)
         report.figures.update(
             split=config.split,
             checkpoint_step=read_cursor(checkpoint).step,
             selected_by=selected_by,
-            num_clips=num_clips,
+            num_clips=windows.num_clips,
             crops=list(views.crops),
         )
         files = write_report(out, report, title=f"tokenreel: {run.name} on {config.split}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -65,10 +66,17 @@ def run_shard(
 
 
 def _get(task: ray.ObjectRef) -> Written:
-    """What a task returns. Its error is the one it raised, not Ray's picture of the worker's stack in place of a message."""
-    try:
+    with raised_by_workers():
         written: Written = ray.get(task)
         return written
+
+
+@contextlib.contextmanager
+def raised_by_workers() -> Iterator[None]:
+    """Lets the error of a task that is waited for in the body be the one it raised, not Ray's picture of the worker's stack in
+    place of a message."""
+    try:
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, TokenreelError | OSError):
             raise error.cause from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyarrow.parquet import read_table
 
-from jobs import evaluate, finetune
+from jobs import evaluate, finetune, predictions
 from jobs.checkpoint import list_checkpoints
 from jobs.classification import ClassifyConfig
 from jobs.evaluate import EvaluateConfig
 from jobs.journal import read_journal
 from jobs.model_folder import load_classifier
+from jobs.predictions import Predictor
 from jobs.workers import WorkersConfig
 from pipeline.dataset import read_index, read_meta
 from pipeline.labelled import LabelledConfig
@@ -25,7 +28,9 @@ from tests.conftest import Stages
 from tests.jobs.labelled_tokens import CLASSES, NETWORK, make_config, make_labelled_tokens
 
 
-def test_a_classifier_from_a_pretrained_run(stages: Stages, mlflow_uri: str, tmp_path: Path) -> None:
+def test_a_classifier_from_a_pretrained_run(
+    stages: Stages, mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow.pytorch
     from mlflow.tracking import MlflowClient
 
@@ -91,3 +96,33 @@ def test_a_classifier_from_a_pretrained_run(stages: Stages, mlflow_uri: str, tmp
     assert [one["split"] for one in report["each"]] == ["val", "val"] and report["each"][0]["num_clips"] == 1
     assert json.loads((config.out / "evaluation" / "results.json").read_text())["split"] == "test"  # as it was
     assert load_classifier(config.out / "model").classes == CLASSES
+
+    # Copies on Ray, one of which dies, say the same as the one in this process.
+    alone = evaluate.run(EvaluateConfig(run=config.out, batch_size=1)).figures
+    before_kill = read_table(config.out / "evaluation" / "predictions.parquet")
+    marker = tmp_path / "died"
+    monkeypatch.setattr(predictions, "Predictor", dying_once(marker))
+    monkeypatch.chdir(tmp_path)
+    options = ClassifyConfig(num_models=2)
+    beside = evaluate.run(EvaluateConfig(run=Path("run"), tokens="tokens", batch_size=1, classify=options)).figures
+    assert marker.exists()
+    after_kill = read_table(config.out / "evaluation" / "predictions.parquet")
+    assert after_kill["key"] == before_kill["key"] and after_kill["predicted"] == before_kill["predicted"]
+    np.testing.assert_allclose(after_kill["confidence"], before_kill["confidence"], atol=1e-6)
+    assert beside["top1"] == alone["top1"]
+
+
+def dying_once(marker: Path) -> type[Predictor]:
+    """A predictor whose process dies at the third part that it gets, once in the life of `marker`."""
+
+    class Dying(Predictor):
+        parts = 0
+
+        def predict(self, numbers: np.ndarray) -> np.ndarray:
+            self.parts += 1
+            if self.parts == 3 and not marker.exists():
+                marker.touch()
+                os._exit(1)
+            return super().predict(numbers)
+
+    return Dying

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.checkpoint import list_checkpoints
 from jobs.classification import ClassifyConfig, _select, evaluate_runs, is_finetuned, mean_over_runs, measure
 from jobs.classification_report import write_report
 from jobs.confusion import draw_confusion
 from jobs.evaluate import EvaluateConfig, draw_samples, run
-from jobs.finetune import PLAIN, make_classifier, open_clips, predict
+from jobs.finetune import PLAIN, MultiClipConfig, load_classifier, make_classifier, open_clips, predict
 from jobs.metrics import bootstrap_interval
+from jobs.predictions import PredictorSpec, predict_clips, split_parts
 from pipeline.errors import ConfigError
 from pipeline.labelled import LabelledClips
 from pipeline.views import ViewChoice
@@ -143,6 +145,24 @@ def test_predictions_are_the_mean_softmax_over_windows_and_views(tokens: Path, t
     np.testing.assert_allclose(found, predict(classifier, clips, chosen[:2], views, 2, 64), atol=1e-6)
 
 
+def test_clips_are_predicted_in_parts_of_several_batches(tokens: Path, trained: Path) -> None:
+    """Whoever computes them, so their batches are the same."""
+    _, chosen, _ = held_out(tokens)
+    spec = PredictorSpec(
+        trained=make_config(tokens, trained),
+        classes=CLASSES,
+        checkpoint=list_checkpoints(trained)[-1],
+        windows=MultiClipConfig(num_clips=3, views=PLAIN),
+        batch_size=3,
+    )
+    parts = split_parts(chosen, spec)
+    assert [len(part) for part in parts] == [8, 8, 8] and np.array_equal(np.concatenate(parts), chosen)
+    assert [len(part) for part in split_parts(chosen[:9], replace(spec, batch_size=1))] == [3, 3, 3]
+    found = predict_clips(spec, chosen, 1)
+    classifier = load_classifier(spec.trained, CLASSES, spec.checkpoint)
+    np.testing.assert_allclose(found, predict(classifier, held_out(tokens)[0], chosen, PLAIN, 3, 64), atol=1e-6)
+
+
 def test_the_checkpoint_is_chosen_by_the_validation_split_or_is_the_last(trained: Path) -> None:
     assert is_finetuned(trained) and not is_finetuned(trained / "checkpoints")
     cursor = trained / "checkpoints" / "00000002" / "state.json"
@@ -179,8 +199,8 @@ def test_what_cannot_be_tested_is_refused(trained: Path, tmp_path: Path) -> None
         run(EvaluateConfig(run=trained, tokens=str(other)))
     with pytest.raises(ConfigError, match="for fine-tuned runs"):
         run(EvaluateConfig(run=tmp_path, more_runs=(trained,)))
-    for wrong in ({"num_clips": 0}, {"num_bins": 0}, {"resamples": 0}):
-        with pytest.raises(ConfigError, match="must be 1 or more"):
+    for wrong in ({"num_clips": 0}, {"num_bins": 0}, {"resamples": 0}, {"num_models": -1}):
+        with pytest.raises(ConfigError, match=r"must be [01] or more"):
             ClassifyConfig(**wrong)  # type: ignore[arg-type]
 
 
