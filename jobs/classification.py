@@ -26,7 +26,7 @@ from jobs.metrics import (
 )
 from jobs.model_folder import read_classes
 from jobs.predictions import PredictorSpec, predict_clips
-from jobs.pretrain import tokenizer_differences
+from jobs.pretrain import check_tokenizer
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
 from jobs.training import read_run_fingerprint
@@ -120,8 +120,7 @@ def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: Classi
     started_s = time.monotonic()
     trained = load_config(run / CONFIG_NAME, FinetuneConfig)
     if tokens is not None:
-        if differences := tokenizer_differences(trained.tokens, tokens):
-            raise ConfigError(f"tokens: {run} was trained on other codes: {'; '.join(differences)}")
+        check_tokenizer(run, trained.tokens, tokens)
         trained = replace(trained, tokens=tokens)
     source = Store.at(trained.tokens)
     meta = read_meta(source, kind="tokens", complete=True)

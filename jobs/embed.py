@@ -15,7 +15,7 @@ from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.model_folder import load_model
-from jobs.pretrain import PretrainConfig, tokenizer_differences
+from jobs.pretrain import PretrainConfig, check_tokenizer
 from jobs.result import JobResult
 from jobs.tokenize import place_encoders
 from jobs.tracking import DatasetInput
@@ -115,9 +115,5 @@ def _check_fit(backbone: VimpacBackbone, folder: Path, tokens: Store, meta: Data
         )
     for place in (folder / "run_config.json", folder.parent / CONFIG_NAME):
         if place.exists():
-            trained = load_config(place, PretrainConfig)
-            if differences := tokenizer_differences(trained.tokens, tokens.url):
-                raise ConfigError(
-                    f"{tokens} has other codes than the model in {folder} was trained on: {', '.join(differences)}"
-                )
+            check_tokenizer(folder, load_config(place, PretrainConfig).tokens, tokens.url)
             return

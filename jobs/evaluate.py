@@ -21,7 +21,7 @@ from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.folder import lock_folder
 from jobs.label_probes import describe_labels, measure_labels
 from jobs.loop import seed_everything
-from jobs.pretrain import PretrainConfig, draw_predictions, load_objective, tokenizer_differences
+from jobs.pretrain import PretrainConfig, check_tokenizer, draw_predictions, load_objective
 from jobs.probes import make_tasks, probe, read_views
 from jobs.result import JobResult
 from jobs.token_origin import original_frames
@@ -79,8 +79,8 @@ def run(config: EvaluateConfig) -> JobResult:
         raise ConfigError(f"several runs and classify options are for fine-tuned runs; {config.run} is none")
     started_s = time.monotonic()
     trained = load_run(config.run)
-    if config.tokens is not None and (differences := tokenizer_differences(trained.tokens, config.tokens)):
-        raise ConfigError(f"tokens: {config.run} was trained on other codes: {'; '.join(differences)}")
+    if config.tokens is not None:
+        check_tokenizer(config.run, trained.tokens, config.tokens)
     tokens = Store.at(config.tokens or trained.tokens)
     meta = read_meta(tokens, kind="tokens", complete=True)
     objective = load_objective(trained, list_checkpoints(config.run)[-1])

@@ -30,7 +30,7 @@ from jobs.confusion import draw_confusion, save_picture
 from jobs.loop import Context, Fractions, LoopConfig, seed_everything
 from jobs.metrics import confusion_matrix
 from jobs.model_folder import add_mlflow_model, write_model
-from jobs.pretrain import PretrainConfig, load_objective, tokenizer_differences
+from jobs.pretrain import PretrainConfig, check_tokenizer, load_objective
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
 from jobs.training import Task, read_run_fingerprint, run_training
@@ -110,9 +110,8 @@ def run(config: FinetuneConfig) -> JobResult:
     if config.from_run is not None:
         pretrained, checkpoint = find_source(config.from_run)
         config = replace(config, backbone=_take_network(config.backbone, pretrained.backbone))
-        if differences := tokenizer_differences(pretrained.tokens, config.tokens):
-            raise ConfigError(f"from_run: {config.from_run} was trained on other codes: {'; '.join(differences)}")
         folder = checkpoint.parent.parent
+        check_tokenizer(folder, pretrained.tokens, config.tokens)
         inputs.append(
             DatasetInput(
                 name=folder.name,

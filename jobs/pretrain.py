@@ -167,6 +167,14 @@ def tokenizer_differences(old: str, new: str) -> list[str]:
     return [f"tokenizer {before} (here {after})"] if before != after else []
 
 
+def check_tokenizer(run: Path, trained_on: str, tokens: str) -> None:
+    """Raise `ConfigError` where `tokens` has codes of another tokenizer than `trained_on`, the tokens of `run`."""
+    for difference in tokenizer_differences(trained_on, tokens):
+        raise ConfigError(
+            f"{tokens}: {run} was trained on other codes: {difference}; tokenize the clips with the tokenizer of {trained_on}"
+        )
+
+
 def continue_run(config: PretrainConfig, run: Path) -> None:
     """Write the first checkpoint of `config.out`: the last one of `run`, resized to the grid of `config`.
 
