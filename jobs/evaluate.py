@@ -86,6 +86,9 @@ def run(config: EvaluateConfig) -> JobResult:
     objective = load_objective(trained, list_checkpoints(config.run)[-1])
     seed_everything(trained.loop.seed, -1, 0)  # as the run began, so that "untrained" is its own starting point
     untrained = VimpacObjective(VimpacBackbone(trained.backbone), trained.objective).eval()
+    if torch.cuda.is_available():
+        objective.cuda()
+        untrained.cuda()
     out = config.run / "evaluation"
     run_digest = read_run_fingerprint(config.run)
     inputs = [
@@ -162,7 +165,7 @@ def draw_samples(num_samples: int, max_windows: int) -> np.ndarray:
 @torch.inference_mode()
 def _measure_prediction(objective: VimpacObjective, tokens: Store, config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy at masked positions, and the best that naming one code everywhere could reach on the same positions."""
-    codebook_size = objective.backbone.config.codebook_size
+    codebook_size, device = objective.backbone.config.codebook_size, next(objective.parameters()).device
     has_val = "val" in read_index(tokens, ["split"])["split"].to_pylist()
     split: Split = "val" if has_val else "train"
     reader = _reader(objective, tokens, split)
@@ -178,7 +181,7 @@ def _measure_prediction(objective: VimpacObjective, tokens: Store, config: Evalu
         part = slice(first, first + config.batch_size)
         clips = torch.from_numpy(reader.read(samples[part], starts[part]).astype(np.int64))
         mask = objective.draw_masks(clips, torch.from_numpy(seeds[part].view(np.int64)))
-        predicted = objective.predict(clips, mask)
+        predicted = objective.predict(clips.to(device), mask.to(device)).cpu()
         hits += int((predicted == clips)[mask].sum())
         hidden_codes += np.bincount(clips[mask].numpy(), minlength=codebook_size)
     masked = int(hidden_codes.sum())
@@ -223,7 +226,10 @@ def _write_sheet(
     starts = (reader.num_starts(rows) - 1) // 2  # from the middle: films begin with black
     clips = torch.from_numpy(reader.read(rows, starts).astype(np.int64))
     seeds = torch.from_numpy(draw_seeds(1, np.zeros(len(rows), np.int64), reader.key_hashes[rows], 0).view(np.int64))
-    drawn = draw_predictions(objective, clips, seeds, tokens) if trained.objective.mlm_weight else []
+    device = next(objective.parameters()).device
+    drawn = (
+        draw_predictions(objective, clips.to(device), seeds.to(device), tokens) if trained.objective.mlm_weight else []
+    )
     reconstructions, predictions = [], []
     for place, sample in enumerate(rows):
         row = reader.index.slice(int(sample), 1).to_pylist()[0]

@@ -116,14 +116,14 @@ def token_histogram(windows: np.ndarray, codebook_size: int) -> np.ndarray:
 def token_cells(backbone: VimpacBackbone, windows: np.ndarray, batch_size: int) -> np.ndarray:
     """Token features (n s d) float16 of windows (n t h w) for the attentive probe: CLS, then the means of up to 4 x 4 cells of
     each frame."""
-    parts = []
+    device, parts = next(backbone.parameters()).device, []
     for first in range(0, len(windows), batch_size):
-        features = backbone(torch.from_numpy(windows[first : first + batch_size].astype(np.int64)))
+        features = backbone(torch.from_numpy(windows[first : first + batch_size].astype(np.int64)).to(device))
         _, t, h, w, _ = features.tokens.shape
         grid = rearrange(features.tokens, "n t h w d -> (n t) d h w")
         cells = F.adaptive_avg_pool2d(grid, (min(_CELLS, h), min(_CELLS, w)))
         cells = rearrange(cells, "(n t) d h w -> n (t h w) d", t=t)
-        parts.append(torch.cat([features.cls[:, None], cells], dim=1).half().numpy())
+        parts.append(torch.cat([features.cls[:, None], cells], dim=1).half().cpu().numpy())
     return np.concatenate(parts)
 
 

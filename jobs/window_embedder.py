@@ -28,13 +28,14 @@ class WindowEmbedder:
 
     Args:
         backbone: or the folder of a model that `write_model` wrote.
+        device: to compute on; None: where the backbone is.
 
     Raises:
         ConfigError: the backbone has fewer layers than `settings.layer`, or the folder holds no model.
     """
 
     def __init__(
-        self, backbone: VimpacBackbone | Path, settings: EmbedSettings, device: str | torch.device = "cpu"
+        self, backbone: VimpacBackbone | Path, settings: EmbedSettings, device: str | torch.device | None = None
     ) -> None:
         if isinstance(backbone, Path):
             backbone = load_model(backbone).backbone
@@ -42,7 +43,8 @@ class WindowEmbedder:
             raise ConfigError(
                 f"layer = {settings.layer}: the model has {backbone.config.layers}; allowed: 0 to {backbone.config.layers}"
             )
-        self._backbone, self._settings, self._device = backbone.eval().to(device), settings, torch.device(device)
+        self._device = torch.device(device or next(backbone.parameters()).device)
+        self._backbone, self._settings = backbone.eval().to(self._device), settings
         self.window, self.pad = backbone.config.shape, backbone.config.pad_id
         self.width = _WIDTHS[settings.pool] * backbone.config.hidden
 
