@@ -1,9 +1,9 @@
-"""Pictures a person looks at: one self-contained HTML page of frame strips, and PNG grids for MLflow.
+"""Pages a person looks at: one self-contained HTML file of frame strips, tables and plots.
 
 Corpora are untrusted: file names and captions are escaped, the page holds no script, and its content policy lets a
 browser load nothing but the images that are inside it.
 
-Axes: t frames, h height, w width, c channels (RGB or 1 grey); gh gw a mask's grid, which covers the whole frame.
+Axes: t frames, h height, w width, c channels (RGB or 1 grey).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from jobs.confusion import save_picture
+from jobs.pictures import check_frames, stack_frames
 from jobs.scatter import CSS as SCATTER_CSS
 from jobs.scatter import Scatter, render_scatter
 from pipeline.files import write_atomic
@@ -116,64 +116,6 @@ def write_contact_sheet(
     write_atomic(path, page.encode(errors="replace"))  # a file name may hold bytes that are no UTF-8
 
 
-def overlay_mask(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A copy of `frames` whose masked patches are dark, almost grey and hatched; the others are untouched.
-
-    Args:
-        frames: uint8 (t h w c).
-        mask: bool (t gh gw), True where hidden; its t may also divide the frames' t (one mask a tubelet).
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    _check_frames(frames)
-    t, h, w, _ = frames.shape
-    if mask.ndim != 3 or mask.shape[0] == 0 or t % mask.shape[0] or mask.shape[1] > h or mask.shape[2] > w:
-        raise ValueError(f"mask (t gh gw) is {mask.shape}; for frames {frames.shape} its t must divide {t}")
-    gh, gw = mask.shape[1:]
-    rows, columns = np.arange(h) * gh // h, np.arange(w) * gw // w
-    hidden = np.repeat(mask.astype(bool), t // mask.shape[0], axis=0)[:, rows][:, :, columns]
-    period = max(4, min(h // gh, w // gw) // 2)
-    y, x = np.mgrid[:h, :w]
-    hatch = (x + y) % period < max(1, period // 4)
-    grey = frames.mean(axis=-1, keepdims=True) * 0.22 + 22
-    dim = np.where(hatch[None, :, :, None], 118.0, grey * 0.8 + frames * 0.08)
-    return np.where(hidden[..., None], dim, frames).astype(np.uint8)
-
-
-def save_png_grid(path: Path, rows_of_strips: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> None:
-    """Save a labelled PNG, by rename: a row a clip, in it a line of frames for each strip.
-
-    Args:
-        path: `out/pictures/NAME_STEP.png` for MLflow; its folder is made.
-        rows_of_strips: for each clip its strips, uint8 (t h w c); sizes may differ.
-        labels: one name for each strip of a row, such as original, masked, predicted.
-
-    Raises:
-        ValueError: frames are not uint8 (t h w c), or a row has another number of strips than there are labels.
-        OSError: the file cannot be written.
-    """
-    if not rows_of_strips or any(len(row) != len(labels) for row in rows_of_strips):
-        raise ValueError(
-            f"rows have {[len(row) for row in rows_of_strips]} strips, {len(labels)} labels: {list(labels)}"
-        )
-    font = ImageFont.load_default(13)
-    margin, gap, row_gap = 14, 3, 16
-    left = margin + int(max((font.getlength(label) for label in labels), default=0)) + 12
-    lines = [[_stack(strip, _zoom(strip), gap) for strip in row] for row in rows_of_strips]
-    width = left + max(image.width for row in lines for image in row) + margin
-    height = 2 * margin - row_gap + sum(sum(image.height + gap for image in row) - gap + row_gap for row in lines)
-    canvas = Image.new("RGB", (width, height), "#16181d")
-    draw, y = ImageDraw.Draw(canvas), margin
-    for row in lines:
-        for label, image in zip(labels, row, strict=True):
-            draw.text((left - 12, y + image.height // 2), label, "#c9ced6", font=font, anchor="rm")
-            canvas.paste(image, (left, y), image)
-            y += image.height + gap
-        y += row_gap - gap
-    save_picture(path, np.asarray(canvas))
-
-
 def _render_section(section: Section, max_frames: int) -> str:
     parts = [
         _render_histogram(section.histogram) if section.histogram else "",
@@ -219,10 +161,10 @@ def _render_picture(section: Section) -> str:
 def _render_row(row: Row, max_frames: int) -> str:
     strips = []
     for strip in row.strips:
-        _check_frames(strip.frames)
+        check_frames(strip.frames)
         t, h, w, _ = strip.frames.shape
         shown = strip.frames[np.unique(np.linspace(0, t - 1, min(t, max_frames)).round().astype(int))]
-        uri = _encode(_stack(shown, 1, 0))
+        uri = _encode(stack_frames(shown, 1, 0))
         count = f"{t} frames" if len(shown) == t else f"{len(shown)} of {t} frames"
         # Frames are butted in the image and parted by lines that the page draws, so a scaled strip keeps exact pixels.
         strips.append(
@@ -231,30 +173,6 @@ def _render_row(row: Row, max_frames: int) -> str:
             f'<img src="{uri}" width="{w * len(shown)}" height="{h}" alt="{_escape(strip.label)}"></div></div>'
         )
     return f"<figure><figcaption>{_escape(row.caption)}</figcaption>{''.join(strips)}</figure>"
-
-
-def _check_frames(frames: np.ndarray) -> None:
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3) or 0 in frames.shape:
-        raise ValueError(
-            f"frames must be uint8 (t h w c) with c 1 or 3 and no empty axis, not {frames.dtype} {frames.shape}"
-        )
-
-
-def _zoom(frames: np.ndarray) -> int:
-    """A whole factor that brings small frames to about 128 pixels."""
-    _check_frames(frames)
-    return max(1, 128 // max(frames.shape[1:3]))
-
-
-def _stack(frames: np.ndarray, zoom: int, gap: int) -> Image.Image:
-    """Frames side by side with transparent gaps, enlarged by whole pixels."""
-    t, h, w, _ = frames.shape
-    pixels = np.zeros((h * zoom, t * (w * zoom + gap) - gap, 4), np.uint8)
-    for index, frame in enumerate(np.broadcast_to(frames, (t, h, w, 3))):
-        x = index * (w * zoom + gap)
-        pixels[:, x : x + w * zoom, :3] = frame.repeat(zoom, 0).repeat(zoom, 1)
-        pixels[:, x : x + w * zoom, 3] = 255
-    return Image.fromarray(pixels, "RGBA")
 
 
 def _encode(image: Image.Image) -> str:

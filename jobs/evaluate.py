@@ -15,14 +15,14 @@ import torch
 import tyro
 
 from jobs.checkpoint import list_checkpoints
-from jobs.classification import ClassifyConfig, evaluate_runs, is_finetuned
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
+from jobs.evaluation.classification import ClassifyConfig, evaluate_runs, is_finetuned
+from jobs.evaluation.label_probes import describe_labels, measure_labels
+from jobs.evaluation.probes import make_tasks, probe, read_views
 from jobs.folder import lock_folder
-from jobs.label_probes import describe_labels, measure_labels
 from jobs.loop import seed_everything
 from jobs.pretrain import PretrainConfig, check_tokenizer, draw_predictions, load_objective
-from jobs.probes import make_tasks, probe, read_views
 from jobs.result import JobResult
 from jobs.token_origin import original_frames
 from jobs.tracking import DatasetInput, Tracker

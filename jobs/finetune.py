@@ -26,10 +26,11 @@ from jobs.checkpoint import (
     write_checkpoint,
 )
 from jobs.config import CONFIG_NAME, load_config
-from jobs.confusion import draw_confusion, save_picture
+from jobs.evaluation.confusion import draw_confusion
+from jobs.evaluation.metrics import confusion_matrix
 from jobs.loop import Context, Fractions, LoopConfig, seed_everything
-from jobs.metrics import confusion_matrix
 from jobs.model_folder import add_mlflow_model, write_model
+from jobs.pictures import save_picture
 from jobs.pretrain import PretrainConfig, check_tokenizer, load_objective
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput

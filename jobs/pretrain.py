@@ -14,9 +14,9 @@ from torch import nn
 
 from jobs.checkpoint import list_checkpoints, load_ema, load_weights, read_cursor, read_tensors, write_checkpoint
 from jobs.config import CONFIG_NAME, load_config
-from jobs.contact_sheet import overlay_mask, save_png_grid
 from jobs.loop import Context, LoopConfig
 from jobs.model_folder import add_mlflow_model, load_model, write_model
+from jobs.pictures import overlay_mask, save_png_grid
 from jobs.result import JobResult
 from jobs.token_origin import load_kept_tokenizer
 from jobs.tracking import DatasetInput

@@ -14,8 +14,8 @@ import tyro
 from torch import nn
 
 from jobs.checkpoint import load_ema, load_weights
-from jobs.contact_sheet import save_png_grid
 from jobs.loop import Context, LoopConfig
+from jobs.pictures import save_png_grid
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
 from jobs.training import Task, run_training

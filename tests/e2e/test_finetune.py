@@ -14,13 +14,14 @@ import pytest
 import torch
 from pyarrow.parquet import read_table
 
-from jobs import evaluate, finetune, predictions
+from jobs import evaluate, finetune
 from jobs.checkpoint import list_checkpoints
-from jobs.classification import ClassifyConfig
 from jobs.evaluate import EvaluateConfig
+from jobs.evaluation import predictions
+from jobs.evaluation.classification import ClassifyConfig
+from jobs.evaluation.predictions import Predictor
 from jobs.journal import read_journal
 from jobs.model_folder import load_classifier
-from jobs.predictions import Predictor
 from jobs.workers import WorkersConfig
 from pipeline.dataset import read_index, read_meta
 from pipeline.labelled import LabelledConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jobs.attentive import attentive_probe
-from jobs.frozen import Features, linear_probe
+from jobs.evaluation.attentive import attentive_probe
+from jobs.evaluation.frozen import Features, linear_probe
 
 NUM_CLASSES, WIDTH, TOKENS = 4, 24, 20
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from jobs.checkpoint import list_checkpoints
-from jobs.classification import ClassifyConfig, _select, evaluate_runs, is_finetuned, mean_over_runs, measure
-from jobs.classification_report import write_report
-from jobs.confusion import draw_confusion
 from jobs.evaluate import EvaluateConfig, draw_samples, run
+from jobs.evaluation.classification import ClassifyConfig, _select, evaluate_runs, is_finetuned, mean_over_runs, measure
+from jobs.evaluation.classification_report import write_report
+from jobs.evaluation.confusion import draw_confusion
+from jobs.evaluation.metrics import bootstrap_interval
+from jobs.evaluation.predictions import PredictorSpec, predict_clips, split_parts
 from jobs.finetune import PLAIN, MultiClipConfig, load_classifier, make_classifier, open_clips, predict
-from jobs.metrics import bootstrap_interval
-from jobs.predictions import PredictorSpec, predict_clips, split_parts
 from pipeline.errors import ConfigError
 from pipeline.labelled import LabelledClips
 from pipeline.views import ViewChoice

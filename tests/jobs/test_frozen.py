@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from jobs.frozen import (
+from jobs.evaluation.frozen import (
     Features,
     ProbeResult,
     compare,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.label_probes import describe_labels, draw_splits, measure_labels, token_cells, token_histogram
-from jobs.probes import spread_windows
+from jobs.evaluation.label_probes import describe_labels, draw_splits, measure_labels, token_cells, token_histogram
+from jobs.evaluation.probes import spread_windows
 from models.vimpac import VimpacBackbone, VimpacConfig
 from pipeline.dataset import create_or_resume, finish
 from pipeline.ledger import Ledger

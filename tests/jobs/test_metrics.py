@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from jobs.metrics import (
+from jobs.evaluation.metrics import (
     bootstrap_interval,
     calibration_error,
     class_accuracies,

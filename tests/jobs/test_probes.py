@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jobs.probes import ProbeTask, make_tasks, probe
+from jobs.evaluation.probes import ProbeTask, make_tasks, probe
 
 VIDEOS = np.repeat(np.arange(12), 8)
 TIMES_S = np.tile(np.arange(8.0)[::-1], 12)  # rows of a video are not in the order of time

@@ -8,7 +8,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jobs.bench.learn.tasks import Task
-from jobs.frozen import Features, linear_probe, majority
+from jobs.evaluation.frozen import Features, linear_probe, majority
 from pipeline.schema import Split
 
 _THUMBNAIL = 8

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from jobs.frozen import Features
+from jobs.evaluation.frozen import Features
 from models.vimpac import VimpacBackbone
 from pipeline.dataset import read_index
 from pipeline.labelled import LabelledClips, LabelledConfig

@@ -38,11 +38,11 @@ from jobs.bench.learn.baselines import measure_baselines
 from jobs.bench.learn.tasks import NUM_FRAMES, SPLITS, Counts, Task
 from jobs.cluster import connect
 from jobs.config import to_plain
-from jobs.contact_sheet import save_png_grid
 from jobs.data_job import RejectPolicy
 from jobs.folder import lock_folder
 from jobs.frame_encoder import FrameEncoder
 from jobs.loop import LoopConfig
+from jobs.pictures import save_png_grid
 from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER
 from jobs.workers import WorkersConfig

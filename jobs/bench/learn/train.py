@@ -14,12 +14,12 @@ import pyarrow as pa
 import torch
 from threadpoolctl import threadpool_limits
 
-from jobs.attentive import attentive_probe
 from jobs.bench.learn.arms import Arm
 from jobs.bench.learn.measure import TaskTokens, draw_share, embed, read_task
 from jobs.bench.learn.tasks import NUM_FRAMES
 from jobs.config import to_plain
-from jobs.frozen import ProbeResult, knn_probe, linear_probe, make_result
+from jobs.evaluation.attentive import attentive_probe
+from jobs.evaluation.frozen import ProbeResult, knn_probe, linear_probe, make_result
 from jobs.journal import JOURNAL_NAME, read_journal
 from jobs.loop import Context, LoopConfig, train
 from jobs.step import seed_everything

@@ -5,14 +5,10 @@ Axes: c classes; h height, w width of the picture.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from pipeline.files import write_atomic
 
 _SIDE_PX = 900
 _MAX_CELL_PX = 44
@@ -55,11 +51,3 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
             ink = _PAPER if shares[row, column] > 0.5 else _INK
             draw.text((left + column * cell + cell // 2, middle), str(matrix[row, column]), ink, font, anchor="mm")
     return np.asarray(canvas)
-
-
-def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Save uint8 (h w 3) as a PNG, whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())

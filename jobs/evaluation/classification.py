@@ -14,18 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.checkpoint import best_checkpoint, list_checkpoints, read_cursor
-from jobs.classification_report import Report, write_report
 from jobs.config import CONFIG_NAME, load_config, to_plain
-from jobs.finetune import FinetuneConfig, MultiClipConfig, open_clips
-from jobs.folder import lock_folder
-from jobs.metrics import (
+from jobs.evaluation.classification_report import Report, write_report
+from jobs.evaluation.metrics import (
     bootstrap_interval,
     calibration_error,
     confusion_matrix,
     top_k_hits,
 )
+from jobs.evaluation.predictions import PredictorSpec, predict_clips
+from jobs.finetune import FinetuneConfig, MultiClipConfig, open_clips
+from jobs.folder import lock_folder
 from jobs.model_folder import read_classes
-from jobs.predictions import PredictorSpec, predict_clips
 from jobs.pretrain import check_tokenizer
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
-from jobs.frozen import Features, ProbeResult, hold_out, linear_probe, majority, pool
+from jobs.evaluation.frozen import Features, ProbeResult, hold_out, linear_probe, majority, pool
 from pipeline.loader import WindowReader
 
 _NUM_FOLDS = 5

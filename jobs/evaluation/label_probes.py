@@ -14,9 +14,18 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from jobs.attentive import attentive_probe
 from jobs.contact_sheet import Section, Table
-from jobs.frozen import Features, ProbeResult, compare, hold_out, knn_probe, linear_probe, majority, retrieval
+from jobs.evaluation.attentive import attentive_probe
+from jobs.evaluation.frozen import (
+    Features,
+    ProbeResult,
+    compare,
+    hold_out,
+    knn_probe,
+    linear_probe,
+    majority,
+    retrieval,
+)
 from jobs.window_embedder import WindowEmbedder
 from models.vimpac import VimpacBackbone
 from pipeline.embedding import EmbedSettings

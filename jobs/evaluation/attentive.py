@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.frozen import Features, ProbeResult, choose
+from jobs.evaluation.frozen import Features, ProbeResult, choose
 
 WEIGHT_DECAYS = (1.0, 0.1, 0.01)
 """Of AdamW; the probe tries each."""

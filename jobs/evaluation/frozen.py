@@ -18,7 +18,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from jobs.metrics import Interval, bootstrap_interval
+from jobs.evaluation.metrics import Interval, bootstrap_interval
 
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 """Of the squared weights, for a mean loss over rows; the linear probe tries each."""

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.confusion import draw_confusion, save_picture
 from jobs.contact_sheet import Section, Table, write_contact_sheet
-from jobs.metrics import Calibration, class_accuracies
+from jobs.evaluation.confusion import draw_confusion
+from jobs.evaluation.metrics import Calibration, class_accuracies
+from jobs.pictures import save_picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
