@@ -28,7 +28,7 @@ from jobs.checkpoint import (
 from jobs.config import CONFIG_NAME, load_config
 from jobs.evaluation.confusion import draw_confusion
 from jobs.evaluation.metrics import confusion_matrix
-from jobs.loop import Context, Fractions, LoopConfig, seed_everything
+from jobs.loop import Context, Fractions, LoopConfig, Precision, seed_everything
 from jobs.model_folder import add_mlflow_model, write_model
 from jobs.pictures import save_picture
 from jobs.pretrain import PretrainConfig, check_tokenizer, load_objective
@@ -232,12 +232,13 @@ def build(config: FinetuneConfig, context: Context) -> Task:
     batches, held_out = _Batches(open_clips(config), config, context), clips.of_split("val")
     labels = clips.class_numbers(held_out, classes)
     batch_size = config.loop.micro_batch or config.loader.batch_size // context.world_size
+    precision = config.loop.precision
 
     def validate(module: nn.Module) -> Fractions:
         assert isinstance(module, VimpacClassifier)
         share = slice(context.rank, None, context.world_size)
         mine, truth = held_out[share], labels[share]
-        probabilities = predict(module, clips, mine, PLAIN, 1, batch_size)
+        probabilities = predict(module, clips, mine, PLAIN, 1, batch_size, precision)
         right = probabilities[np.arange(len(mine)), truth]
         count = float(len(mine))
         return {
@@ -249,7 +250,7 @@ def build(config: FinetuneConfig, context: Context) -> Task:
         assert isinstance(module, VimpacClassifier)
         if not len(held_out):
             return
-        predicted = predict(module, clips, held_out, PLAIN, 1, batch_size).argmax(axis=1)
+        predicted = predict(module, clips, held_out, PLAIN, 1, batch_size, precision).argmax(axis=1)
         picture = draw_confusion(confusion_matrix(labels, predicted, len(classes)), classes)
         save_picture(context.run / "pictures" / f"val_confusion_{step:08d}.png", picture)
 
@@ -269,6 +270,7 @@ def predict(
     views: ViewChoice,
     num_windows: int,
     batch_size: int,
+    precision: Precision = "fp32",
 ) -> np.ndarray:
     """(n c) float64 probabilities of the classes of clips `numbers`: the mean softmax over their windows and views.
 
@@ -276,13 +278,16 @@ def predict(
         num_windows: of each view, spread evenly over the clip.
         batch_size: windows that are computed at a time, on the classifier's device.
     """
-    device = classifier.head.weight.device
+    device, pad = classifier.head.weight.device, classifier.backbone.config.pad_id
     sums = np.zeros((len(numbers), len(classifier.classes)))
     place, rows, starts = clips.spread(numbers, views, num_windows)
     for first in range(0, len(place), batch_size):
         part = slice(first, first + batch_size)
-        windows = torch.from_numpy(clips.read(rows[part], starts[part]).astype(np.int64)).to(device)
-        np.add.at(sums, place[part], classifier.logits(windows).double().softmax(dim=-1).cpu().numpy())
+        windows = clips.read(rows[part], starts[part])
+        tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = classifier.logits(tokens, padded=bool((windows == pad).any()))
+        np.add.at(sums, place[part], logits.double().softmax(dim=-1).cpu().numpy())
     totals: np.ndarray = sums / sums.sum(axis=1, keepdims=True)
     return totals
 

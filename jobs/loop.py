@@ -43,6 +43,7 @@ __all__ = ["Batches", "Context", "LoopConfig", "NonFiniteLoss", "seed_everything
 log = logging.getLogger(__name__)
 Fractions = Mapping[str, tuple[float, float]]
 """Metrics as (part, whole), which are summed before they are divided."""
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class LoopConfig:
     where there is a validation split, the highest accuracy on it."""
     picture_every_steps: int = 100
     """Steps between two pictures (reconstructions or predictions); 0 draws none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the forward pass; weights and optimiser state are fp32."""
     micro_batch: int | None = None
     """Most samples that a worker computes at once; it takes its share of the batch in equal parts and adds up their

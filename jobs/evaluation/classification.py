@@ -25,6 +25,7 @@ from jobs.evaluation.metrics import (
 from jobs.evaluation.predictions import PredictorSpec, predict_clips
 from jobs.finetune import FinetuneConfig, MultiClipConfig, open_clips
 from jobs.folder import lock_folder
+from jobs.loop import Precision
 from jobs.model_folder import read_classes
 from jobs.pretrain import check_tokenizer
 from jobs.result import JobResult
@@ -55,6 +56,8 @@ class ClassifyConfig:
     """Bins of confidence that the calibration error is a mean over."""
     resamples: int = 2000
     """Times that the videos are drawn again for the intervals of 95 %."""
+    precision: Precision | None = None
+    """Of the forward pass; None: that of the run's training (loop.precision). fp32 is exact, and on a GPU several times as slow."""
     num_models: int = 1
     """Copies of the model that predict side by side on Ray, one GPU each or, where there is none, one thread each; 0: as many as
     there are GPUs or CPUs; 1: the one in this process, without Ray, on its first GPU or all its CPUs."""
@@ -151,7 +154,12 @@ def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: Classi
         ) as tracker,
     ):
         spec = PredictorSpec(
-            trained=trained, classes=classes, checkpoint=checkpoint, windows=windows, batch_size=batch_size
+            trained=trained,
+            classes=classes,
+            checkpoint=checkpoint,
+            windows=windows,
+            batch_size=batch_size,
+            precision=config.precision or trained.loop.precision,
         )
         probabilities = predict_clips(spec, chosen, config.num_models)
         report = measure(clips, chosen, labels, classes, probabilities, config)
@@ -161,6 +169,7 @@ def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: Classi
             selected_by=selected_by,
             num_clips=windows.num_clips,
             crops=list(views.crops),
+            precision=spec.precision,
         )
         files = write_report(out, report, title=f"tokenreel: {run.name} on {config.split}")
         numbers = {name: value for name, value in report.figures.items() if isinstance(value, float)}

@@ -94,7 +94,7 @@ def _facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("calibration error", f"{figures['calibration_error']:.1%}"),
         ("majority, chance", f"{figures['majority']:.1%}, {figures['chance']:.1%}"),
         ("tested", f"{figures['clips']} clips of {figures['videos']} videos, split {figures['split']}"),
-        ("windows a clip", f"{figures['num_clips']} x crops {', '.join(figures['crops'])}"),
+        ("windows a clip", f"{figures['num_clips']} x crops {', '.join(figures['crops'])}, in {figures['precision']}"),
         ("checkpoint", f"step {figures['checkpoint_step']}, chosen by {figures['selected_by']}"),
     ]
 

@@ -13,6 +13,7 @@ import torch
 
 from jobs.cluster import connect
 from jobs.finetune import FinetuneConfig, MultiClipConfig, load_classifier, open_clips, predict
+from jobs.loop import Precision
 from jobs.progress import Progress
 from jobs.tokenize import place_encoders
 from pipeline.storage import Store
@@ -23,7 +24,7 @@ _BATCHES_PER_PART = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictorSpec:
-    """Which classifier predicts, and what of each clip it sees; it travels to Ray's workers.
+    """Which classifier predicts, what of each clip it sees, and how; it travels to Ray's workers.
 
     batch_size: windows that are computed at a time.
     """
@@ -33,6 +34,7 @@ class PredictorSpec:
     checkpoint: Path
     windows: MultiClipConfig
     batch_size: int
+    precision: Precision
 
     def located(self) -> PredictorSpec:
         """The same with absolute paths, as a worker is in another folder."""
@@ -55,8 +57,10 @@ class Predictor:
 
     def predict(self, numbers: np.ndarray) -> np.ndarray:
         """(n c) float64 probabilities of the classes of clips `numbers`."""
-        windows = self._spec.windows
-        return predict(self._classifier, self._clips, numbers, windows.views, windows.num_clips, self._spec.batch_size)
+        spec, windows = self._spec, self._spec.windows
+        return predict(
+            self._classifier, self._clips, numbers, windows.views, windows.num_clips, spec.batch_size, spec.precision
+        )
 
 
 def predict_clips(spec: PredictorSpec, numbers: np.ndarray, num_models: int) -> np.ndarray:

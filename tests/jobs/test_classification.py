@@ -95,7 +95,9 @@ def test_top_five_where_there_are_more_classes(tokens: Path) -> None:
 def test_the_report_has_page_numbers_picture_and_predictions(tokens: Path, tmp_path: Path) -> None:
     clips, chosen, labels = held_out(tokens)
     report = measure(clips, chosen, labels, CLASSES, plant(np.zeros_like(labels), 0.7), ClassifyConfig())
-    report.figures.update(split="test", checkpoint_step=8, selected_by="being the last", num_clips=2, crops=["center"])
+    report.figures.update(
+        split="test", checkpoint_step=8, selected_by="being the last", num_clips=2, crops=["center"], precision="fp32"
+    )
     page, results, picture, predictions = write_report(tmp_path, report, title="a <run>")
     found = json.loads(results.read_text())
     assert found["top1"] == pytest.approx(1 / 3) and found["confusion"] == [[8, 0, 0]] * 3
@@ -154,6 +156,7 @@ def test_clips_are_predicted_in_parts_of_several_batches(tokens: Path, trained: 
         checkpoint=list_checkpoints(trained)[-1],
         windows=MultiClipConfig(num_clips=3, views=PLAIN),
         batch_size=3,
+        precision="fp32",
     )
     parts = split_parts(chosen, spec)
     assert [len(part) for part in parts] == [8, 8, 8] and np.array_equal(np.concatenate(parts), chosen)
@@ -161,6 +164,16 @@ def test_clips_are_predicted_in_parts_of_several_batches(tokens: Path, trained: 
     found = predict_clips(spec, chosen, 1)
     classifier = load_classifier(spec.trained, CLASSES, spec.checkpoint)
     np.testing.assert_allclose(found, predict(classifier, held_out(tokens)[0], chosen, PLAIN, 3, 64), atol=1e-6)
+    rounded = predict_clips(replace(spec, precision="bf16"), chosen, 1)
+    assert 0 < np.abs(rounded - found).max() < 0.02
+
+
+def test_a_run_is_tested_in_its_own_precision_unless_told(
+    tokens: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
+    assert evaluate_runs([trained], None, 8, ClassifyConfig()).figures["precision"] == "fp32"
+    assert evaluate_runs([trained], None, 8, ClassifyConfig(precision="bf16")).figures["precision"] == "bf16"
 
 
 def test_the_checkpoint_is_chosen_by_the_validation_split_or_is_the_last(trained: Path) -> None:

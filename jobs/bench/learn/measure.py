@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from jobs.evaluation.frozen import Features
+from jobs.loop import Precision
 from models.vimpac import VimpacBackbone
 from pipeline.dataset import read_index
 from pipeline.labelled import LabelledClips, LabelledConfig
@@ -83,9 +84,7 @@ class Embedded(NamedTuple):
 
 
 @torch.inference_mode()
-def embed(
-    backbone: VimpacBackbone, tokens: np.ndarray, precision: Literal["fp32", "bf16"], batch_size: int = 16
-) -> Embedded:
+def embed(backbone: VimpacBackbone, tokens: np.ndarray, precision: Precision, batch_size: int = 16) -> Embedded:
     """Features of clips (n t h w) uint16 that hold no PAD, window by window, each as long as the backbone's, without overlap.
 
     Order in time is kept by windows and quarters, as linear probes cannot see it in a mean over all frames.

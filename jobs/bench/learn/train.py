@@ -21,7 +21,7 @@ from jobs.config import to_plain
 from jobs.evaluation.attentive import attentive_probe
 from jobs.evaluation.frozen import ProbeResult, knn_probe, linear_probe, make_result
 from jobs.journal import JOURNAL_NAME, read_journal
-from jobs.loop import Context, LoopConfig, train
+from jobs.loop import Context, LoopConfig, Precision, train
 from jobs.step import seed_everything
 from models.classifier import VimpacClassifier
 from models.optim import OptimConfig
@@ -51,7 +51,7 @@ class Budget:
     """Clips of a step."""
     lr: float = 5e-3
     """Peak learning rate of pre-training."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of all networks here. bf16 is twice as fast where the CPU has instructions for it, half as fast where not."""
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Shares of the training labels that probes get."""
@@ -258,7 +258,7 @@ def _finetune(task: TaskTokens, backbone: VimpacBackbone, run: ArmRun) -> list[d
 
 @torch.inference_mode()
 def _classify(
-    classifier: VimpacClassifier, tokens: np.ndarray, precision: Literal["fp32", "bf16"], batch_size: int = 64
+    classifier: VimpacClassifier, tokens: np.ndarray, precision: Precision, batch_size: int = 64
 ) -> np.ndarray:
     """(n,) class numbers."""
     found = []
