@@ -52,8 +52,9 @@ class WindowEmbedder:
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         tokens = torch.from_numpy(windows.astype(np.int64))
         padded = bool((tokens == self.pad).any())  # looked for on the host, so that no device is waited for
-        layer = self._settings.layer
-        features = self._backbone(tokens.to(self._device), padded=padded, intermediates=layer > 0)
+        layer, is_half = self._settings.layer, self._settings.precision == "bf16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
+            features = self._backbone(tokens.to(self._device), padded=padded, intermediates=layer > 0)
         cls, grid = features.layers[layer - 1] if layer else (features.cls, features.tokens)
         lengths = (tokens != self.pad).any(-1).any(-1).sum(1)
         pooled = _pool(self._settings.pool, cls.float(), grid.float(), lengths.to(self._device))

@@ -49,12 +49,16 @@ class EmbedSettings:
     """Whose output it is: 1 is the first layer; 0 is the network's own, after its last norm."""
     batch_windows: int = 32
     """Windows that are embedded together; part of the identity, because rounding may depend on it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass; vectors are stored in float32. bf16 is faster where the device has instructions for it."""
 
     def __post_init__(self) -> None:
         if self.rows not in ("clip", "window"):
             raise ConfigError(f"rows = {self.rows!r}: allowed are clip, window")
         if self.pool not in ("cls", "mean", "cls-mean-drift"):
             raise ConfigError(f"pool = {self.pool!r}: allowed are cls, mean, cls-mean-drift")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision = {self.precision!r}: allowed are fp32, bf16")
         if min(self.stride, self.layer) < 0 or self.batch_windows < 1:
             raise ConfigError(
                 f"stride = {self.stride} and layer = {self.layer} must be 0 or more, batch_windows = {self.batch_windows} "

@@ -112,6 +112,8 @@ def test_pools_and_layers(stages: Stages) -> None:
     last = WindowEmbedder(backbone, EmbedSettings(layer=backbone.config.layers)).all(windows)
     assert np.array_equal(last, everything)  # post-LN: the last layer's output is the network's
     assert not np.allclose(WindowEmbedder(backbone, EmbedSettings(layer=1)).all(windows), everything)
+    rounded = WindowEmbedder(backbone, EmbedSettings(precision="bf16")).all(windows)
+    assert rounded.dtype == np.float32 and 0 < np.abs(rounded - everything).max() < 0.1
     windows[:, 2:] = backbone.config.pad_id
     cut = WindowEmbedder(backbone, EmbedSettings()).all(windows)
     windows[:, 2:] = windows[:, :1]  # what stands behind the end would count, were it not PAD

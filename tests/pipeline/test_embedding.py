@@ -112,7 +112,8 @@ def test_a_model_that_loses_windows_commits_nothing(tokens: Store, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rows": "frame"}, {"pool": "max"}, {"stride": -1}, {"layer": -1}, {"batch_windows": 0}]
+    "changes",
+    [{"rows": "frame"}, {"pool": "max"}, {"stride": -1}, {"layer": -1}, {"batch_windows": 0}, {"precision": "fp8"}],
 )
 def test_settings_that_are_refused(changes: dict) -> None:
     with pytest.raises(ConfigError):
