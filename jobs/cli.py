@@ -15,10 +15,12 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import tyro
 
 from jobs.cluster import prepare_environment
@@ -258,7 +260,7 @@ def _parse_submit(program: str, kind: type[Any], argv: list[str]) -> Any:
 def _tyro(program: str, kind: type[Any], argv: list[str], options: dict[str, Any]) -> Any:
     explained = io.StringIO()
     try:
-        with contextlib.redirect_stderr(explained):
+        with contextlib.redirect_stderr(explained), _paragraphs_for_help():
             return tyro.cli(kind, prog=program, args=argv, **options)
     except ValueError as error:  # a model's config says what is wrong with a value in these
         raise ConfigError(str(error)) from error
@@ -267,6 +269,25 @@ def _tyro(program: str, kind: type[Any], argv: list[str], options: dict[str, Any
             sys.stderr.write(explained.getvalue())
             raise ConfigError(_plain(explained.getvalue())) from None
         raise
+
+
+@contextlib.contextmanager
+def _paragraphs_for_help() -> Iterator[None]:
+    """Joins the lines of options' docstrings: their indents are our source's, and tyro 1.0 ends a line of help before each."""
+    parse = docstring_parser.parse_from_object
+
+    def parse_joined(thing: object) -> docstring_parser.Docstring:
+        docstring = parse(thing)
+        for option in docstring.params:
+            if option.description:
+                option.description = re.sub(r"(?<!\n)\n *(?!\n)", " ", option.description)
+        return docstring
+
+    docstring_parser.parse_from_object = parse_joined  # type: ignore[assignment]  # it is called with one argument
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = parse
 
 
 def _plain(text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from tests.conftest import Stages
 from tests.e2e.command import run_command, start_command
 
@@ -35,6 +36,14 @@ def test_a_done_job_prints_the_common_fields_and_its_own(stages: Stages, tmp_pat
     assert result["job"] == "verify"
     assert result["status"] == "done"
     assert result["committed"] == stages.results["shard"].committed
+
+
+def test_help_is_broken_into_lines_by_the_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    assert cli.run(["evaluate", "--help"]) == 0
+    assert "(the last one, in a run without that split), or the last one. (default: best)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
