@@ -54,3 +54,17 @@ def count(resource: str) -> float:
     import ray
 
     return float(ray.cluster_resources().get(resource, 0.0))
+
+
+def place_models(wanted: int) -> tuple[int, dict[str, float]]:
+    """How many models work side by side on the connected cluster, and the Ray resources of each: a GPU, if there are any.
+
+    Models on CPUs reserve none, so that decoding can use what they leave, and none is idle while there is work.
+
+    Args:
+        wanted: 0 for as many as there are GPUs or, without any, CPUs.
+    """
+    gpus, cpus = int(count("GPU")), int(count("CPU"))
+    if gpus:
+        return wanted or gpus, {"num_gpus": 1, "num_cpus": 0}
+    return wanted or max(1, cpus), {"num_cpus": 0}

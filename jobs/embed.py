@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs.cluster import connect
+from jobs.cluster import connect, place_models
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.model_folder import load_model
 from jobs.pretrain import PretrainConfig, check_tokenizer
 from jobs.result import JobResult
-from jobs.tokenize import place_encoders
 from jobs.tracking import DatasetInput
 from jobs.window_embedder import WindowEmbedder, describe_backbone, find_model
 from models.vimpac import VimpacBackbone
@@ -79,7 +78,7 @@ def run(config: EmbedConfig) -> JobResult:
             from pipeline.stages import run_embed
 
             with connect(), job.progress() as on_shard:
-                num_encoders, resources = place_encoders(config.num_encoders)
+                num_encoders, resources = place_models(config.num_encoders)
                 device = "cuda" if "num_gpus" in resources else "cpu"
                 make_embed = functools.partial(_make_embedder, folder.resolve(), config.settings, device)
                 use = run_embed(

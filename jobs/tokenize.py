@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs.cluster import connect, count
+from jobs.cluster import connect, place_models
 from jobs.config import to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
@@ -93,7 +93,7 @@ def run(config: TokenizeConfig) -> JobResult:
             from pipeline.stages import run_tokenize
 
             with connect(), job.progress() as on_shard:
-                num_encoders, resources = place_encoders(config.num_encoders)
+                num_encoders, resources = place_models(config.num_encoders)
                 device = "cuda" if "num_gpus" in resources else "cpu"
                 make_encode = functools.partial(FrameEncoder, folder.resolve(), device, config.settings.precision)
                 use = run_tokenize(
@@ -143,14 +143,3 @@ def identify_tokenizer(tokenizer: Tokenizer, sizes_px: Iterable[int]) -> dict[st
         "codebook_size": tokenizer.codebook_size,
         "patch": tokenizer.patch,
     }
-
-
-def place_encoders(wanted: int) -> tuple[int, dict[str, float]]:
-    """How many encoders, and the Ray resources of each.
-
-    Encoders on CPUs reserve none, so that decoding can use what they leave, and none is idle while there is work.
-    """
-    gpus, cpus = int(count("GPU")), int(count("CPU"))
-    if gpus:
-        return wanted or gpus, {"num_gpus": 1, "num_cpus": 0}
-    return wanted or max(1, cpus), {"num_cpus": 0}

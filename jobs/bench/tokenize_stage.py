@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from jobs.cluster import place_models
 from jobs.frame_encoder import FrameEncoder
 from jobs.result import JobResult
 from jobs.tokenize import find_tokenizer
@@ -113,13 +114,11 @@ def _ray(wanted: int) -> Iterator[tuple[int, dict[str, float]]]:
     """A Ray on which decoding cannot take the CPUs of `wanted` encoders; how many there are, and their resources."""
     import ray
 
-    from jobs.tokenize import place_encoders
-
     cpus = len(os.sched_getaffinity(0))
     with contextlib.chdir(Path(__file__).resolve().parents[2]):  # as jobs.cluster does, and says why
         ray.init(address="local", num_cpus=cpus - wanted, include_dashboard=False, log_to_driver=False)
     try:
-        yield place_encoders(wanted)
+        yield place_models(wanted)
     finally:
         ray.shutdown()
 

@@ -57,7 +57,7 @@ class ClassifyConfig:
     resamples: int = 2000
     """Times that the videos are drawn again for the intervals of 95 %."""
     precision: Precision | None = None
-    """Of the forward pass; None: that of the run's training (loop.precision). fp32 is exact, and on a GPU several times as slow."""
+    """Of the forward pass; None: that of the run's training (loop.precision). fp32 is exact, and slower where there are instructions for bf16."""
     num_models: int = 1
     """Copies of the model that predict side by side on Ray, one GPU each or, where there is none, one thread each; 0: as many as
     there are GPUs or CPUs; 1: the one in this process, without Ray, on its first GPU or all its CPUs."""

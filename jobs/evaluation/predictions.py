@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jobs.cluster import connect
+from jobs.cluster import connect, place_models
 from jobs.finetune import FinetuneConfig, MultiClipConfig, load_classifier, open_clips, predict
 from jobs.loop import Precision
 from jobs.progress import Progress
-from jobs.tokenize import place_encoders
 from pipeline.storage import Store
 
 _BATCHES_PER_PART = 8
@@ -100,7 +99,7 @@ def _predicted(spec: PredictorSpec, parts: list[np.ndarray], num_models: int) ->
 
         from pipeline.stages import raised_by_workers
 
-        num_models, resources = place_encoders(num_models)
+        num_models, resources = place_models(num_models)
         # On CPUs one thread each: their threads would only get in each other's way.
         num_threads = None if "num_gpus" in resources else 1
         kind = ray.remote(Predictor).options(
