@@ -20,8 +20,8 @@ from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.parquet import parse_parquet
 from pipeline.plan_file import PLAN_NAME
-from pipeline.schema import SCHEMA_VERSION, Reject
-from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_info
+from pipeline.schema import READABLE_VERSIONS, SCHEMA_VERSION, Reject
+from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, add_new_columns, index_name, read_shard_info
 from pipeline.storage import Store
 
 _META = "dataset.json"
@@ -29,6 +29,12 @@ PLAN_REJECTS = "rejects/plan.parquet"
 _PARTS = ("shards", "index", "rejects")
 _PARENTS = {"tokens": "clips", "embeddings": "tokens"}
 """Kind of the dataset that one is made from; `extra` has its place under that name."""
+_WRITERS = {
+    "clips": ("shard", "CORPUS OUT"),
+    "tokens": ("tokenize", "CLIPS OUT"),
+    "embeddings": ("embed", "TOKENS RUN OUT"),
+}
+"""Kind of a dataset to the job that makes it, and what that is called with."""
 _READ_THREADS = 16
 Place = Store | Path | str
 
@@ -74,6 +80,7 @@ def create_or_resume(
     store = Store.at(place)
     if store.exists(_META):
         existing = read_meta(store)
+        require_writable(store, existing)
         if existing.fingerprint != meta.fingerprint:
             changes = _differences(store, existing, meta, plan, name_changes)
             raise ConfigError(
@@ -124,15 +131,28 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
         raise ConfigError(f"{store} is not a dataset: it has no {_META}") from None
     except (ValueError, TypeError) as error:
         raise DatasetError(f"{store.where(_META)} cannot be read: {error}") from error
-    if meta.schema_version != SCHEMA_VERSION:
+    if meta.schema_version not in READABLE_VERSIONS:
         raise ConfigError(
-            f"{store.where(_META)} has schema version {meta.schema_version}; this tokenreel reads {SCHEMA_VERSION}"
+            f"{store.where(_META)} has schema version {meta.schema_version}; this tokenreel reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}"
         )
     if kind is not None and meta.kind != kind:
         raise ConfigError(f"{store} holds {meta.kind}; {kind} were expected")
     if complete and meta.totals is None:
         raise ConfigError(f"{store} is unfinished; run the command that writes it again, it resumes where it stopped")
     return meta
+
+
+def require_writable(store: Store, meta: DatasetMeta) -> None:
+    """Raise `ConfigError` where the dataset is of a format that is read, but not written any more."""
+    if meta.schema_version == SCHEMA_VERSION:
+        return
+    job, words = _WRITERS[meta.kind]
+    raise ConfigError(
+        f"{store} has schema version {meta.schema_version}, which this tokenreel reads and does not write: no shard of it can be "
+        f"added or made again. Make the dataset anew in another folder, with the settings that it keeps: tokenreel {job} {words} "
+        f"--config {store.where('config.json')}"
+    )
 
 
 def find_parent(store: Store, meta: DatasetMeta) -> Store | None:
@@ -242,7 +262,7 @@ def read_index(place: Place, columns: list[str] | None = None) -> pa.Table:
     store = Store.at(place)
 
     def read(shard: int) -> pa.Table:
-        table = parse_parquet(store.read(index_name(shard)), columns)
+        table = add_new_columns(parse_parquet(store.read(index_name(shard)), columns), columns)
         return table.replace_schema_metadata(None).append_column(
             "shard", pa.repeat(pa.scalar(shard, pa.int32()), len(table))
         )

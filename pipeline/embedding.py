@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.dataset import DatasetMeta
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
-from pipeline.schema import SCORES, Reject, fingerprint
+from pipeline.schema import SCORES, Reject, identify_dataset
 from pipeline.shards import (
     ShardInfo,
     Written,
@@ -90,7 +90,7 @@ def describe_embeddings(tokens: DatasetMeta, config: dict[str, Any], model: dict
     config = {**config, "model": model["fingerprint"]}
     return DatasetMeta(
         kind="embeddings",
-        fingerprint=fingerprint(kind="embeddings", parent=tokens.fingerprint, config=config),
+        fingerprint=identify_dataset(kind="embeddings", parent=tokens.fingerprint, config=config),
         config=config,
         parent_fingerprint=tokens.fingerprint,
         inputs_digest="",

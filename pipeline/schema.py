@@ -10,8 +10,11 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 3
-"""Part of every fingerprint: raise it when the same input and config would give other bytes."""
+SCHEMA_VERSION = 4
+"""Of the datasets that are written, and part of their fingerprints: raise it when the same input and config would give other
+bytes."""
+READABLE_VERSIONS = (3, SCHEMA_VERSION)
+_IDENTITY_VERSION = 3
 
 Split = Literal["train", "val", "test"]
 """test comes from manifests alone: nothing draws it, trains on it or chooses a model by it."""
@@ -187,9 +190,17 @@ class TokenBatch(TypedDict):
 
 
 def fingerprint(**parts: Any) -> str:
-    """Hex digest (32 characters) of `parts`, stable over runs and machines. Values must be plain JSON."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **parts}, sort_keys=True, separators=(",", ":"))
+    """Hex digest (32 characters) of `parts`, stable over runs and machines. Values must be plain JSON.
+
+    It identifies runs, models and caches, which a new format of datasets leaves as they are.
+    """
+    text = json.dumps({"schema_version": _IDENTITY_VERSION, **parts}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def identify_dataset(**parts: Any) -> str:
+    """The `fingerprint` of a dataset, which the version of its format is part of."""
+    return fingerprint(schema_version=SCHEMA_VERSION, **parts)
 
 
 def draw_split(video_id: str, val_fraction: float) -> Literal["train", "val"]:

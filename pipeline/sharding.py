@@ -23,7 +23,7 @@ from pipeline.ffmpeg import FfmpegLimits
 from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig
-from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, fingerprint
+from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, identify_dataset
 from pipeline.shards import PLACE, ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
 from pipeline.storage import LOCAL_TROUBLE, Store
 from pipeline.transcode import TranscodeConfig
@@ -83,7 +83,7 @@ def describe_clips(plan: ShardPlan, config: dict[str, Any]) -> DatasetMeta:
     config = {name: value for name, value in config.items() if name != "limits"}
     return DatasetMeta(
         kind="clips",
-        fingerprint=fingerprint(kind="clips", inputs=plan.inputs_digest, config=config),
+        fingerprint=identify_dataset(kind="clips", inputs=plan.inputs_digest, config=config),
         config=config,
         parent_fingerprint="",
         inputs_digest=plan.inputs_digest,

@@ -28,6 +28,8 @@ from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, TOKEN_
 from pipeline.storage import Store
 
 INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA, "embeddings": EMBEDDING_SCHEMA}
+_TYPES = {field.name: field.type for schema in INDEX_SCHEMAS.values() for field in schema}
+_OWN_COLUMN = {"clips": "ext", "embeddings": "sample_key", "tokens": "clip_key"}
 _INFO_KEY = b"tokenreel.shard"
 PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
 """Index columns that `ShardWriter` fills in."""
@@ -276,7 +278,9 @@ def read_shard_columns(store: Store, shard: int, columns: Sequence[str]) -> tupl
     source = store.path(name) if store.is_local else pa.BufferReader(store.read(name))
     try:
         with pq.ParquetFile(source) as file:
-            return _parse_info(file.schema_arrow), file.read(list(columns), use_threads=False)
+            there = [name for name in columns if name in file.schema_arrow.names]
+            table = add_new_columns(file.read(there, use_threads=False), columns)
+            return _parse_info(file.schema_arrow), table.select(list(columns))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -291,11 +295,21 @@ def read_shard_rows(store: Store, shard: int) -> list[dict[str, Any]]:
     """
     data = store.read(index_name(shard))
     try:
-        return [{**row, "shard": shard} for row in parse_parquet(data).to_pylist()]
+        return [{**row, "shard": shard} for row in add_new_columns(parse_parquet(data)).to_pylist()]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(
             f"{store.where(index_name(shard))} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"
         ) from error
+
+
+def add_new_columns(table: pa.Table, names: Sequence[str] | None = None) -> pa.Table:
+    """`table` with those of the columns `names` (all of its kind by default) that its version of the format did not have, null."""
+    if names is None:
+        names = INDEX_SCHEMAS[next(kind for kind, own in _OWN_COLUMN.items() if own in table.column_names)].names
+    for name in names:
+        if name not in table.column_names and name in _TYPES:
+            table = table.append_column(name, pa.nulls(len(table), _TYPES[name]))
+    return table
 
 
 def read_payload(store: Store, row: dict[str, Any]) -> bytes:

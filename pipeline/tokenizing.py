@@ -16,7 +16,7 @@ from pipeline.encoding import Encode, Piece, encode_pieces
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.quality import QualityThresholds, failed_threshold
-from pipeline.schema import SCORES, Outcome, Reject, fingerprint
+from pipeline.schema import SCORES, Outcome, Reject, identify_dataset
 from pipeline.shards import ShardWriter, Written, read_payload, read_shard_info
 from pipeline.storage import LOCAL_TROUBLE, Store
 from pipeline.views import Crop, View, ViewConfig, crops_of
@@ -64,7 +64,7 @@ def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[
     config = {**{k: v for k, v in config.items() if k != "limits"}, "tokenizer": tokenizer["fingerprint"]}
     return DatasetMeta(
         kind="tokens",
-        fingerprint=fingerprint(kind="tokens", parent=clips.fingerprint, config=config),
+        fingerprint=identify_dataset(kind="tokens", parent=clips.fingerprint, config=config),
         config=config,
         parent_fingerprint=clips.fingerprint,
         inputs_digest="",

@@ -54,7 +54,7 @@ from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError
 from pipeline.frames import FrameLoaderConfig
 from pipeline.ledger import Ledger
-from pipeline.schema import SCORES, Reject, fingerprint
+from pipeline.schema import SCORES, Reject, identify_dataset
 from pipeline.sharding import ShardSettings
 from pipeline.shards import ShardWriter
 from pipeline.storage import Store
@@ -289,7 +289,7 @@ def write_tokens(config: LearnPrepareConfig, tasks: list[Task], steps: int) -> N
         folder,
         DatasetMeta(
             kind="tokens",
-            fingerprint=fingerprint(kind="tokens", inputs=content.hexdigest(), config=plain),
+            fingerprint=identify_dataset(kind="tokens", inputs=content.hexdigest(), config=plain),
             config=plain,
             parent_fingerprint="",
             inputs_digest=content.hexdigest()[:32],

@@ -1,0 +1,93 @@
+"""Datasets in the format before this one, as that release wrote them: they can be read, and nothing is added to them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import schema
+from pipeline.dataset import create_or_resume, read_index, read_meta
+from pipeline.decode import FrameConfig
+from pipeline.errors import ConfigError
+from pipeline.frames import FrameLoader, FrameLoaderConfig
+from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
+from pipeline.schema import CLIP_SCHEMA, TOKEN_SCHEMA, fingerprint
+from pipeline.shards import read_payload, read_shard_columns, read_shard_rows
+from pipeline.storage import Store
+
+DATA = Path(__file__).parents[1] / "data" / "version3"
+
+
+@pytest.fixture
+def version3(tmp_path: Path) -> Path:
+    """The clip dataset `clips` and the token dataset `tokens` that was made from it."""
+    return Path(shutil.copytree(DATA, tmp_path / "version3"))
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("clips", CLIP_SCHEMA.names), ("tokens", TOKEN_SCHEMA.names)])
+def test_columns_that_the_format_lacked_are_null(version3, kind, columns, monkeypatch):
+    newer = {name: one.append(schema.pa.field("new", schema.pa.int32())) for name, one in _schemas().items()}
+    monkeypatch.setattr("pipeline.shards.INDEX_SCHEMAS", newer)
+    monkeypatch.setitem(_types(), "new", schema.pa.int32())
+    store = Store.at(version3 / kind)
+    rows = read_shard_rows(store, 0)
+    assert set(rows[0]) == {*columns, "new", "shard"}
+    assert [row["new"] for row in rows] == [None] * len(rows)
+    assert read_index(store)["new"].null_count == len(rows)
+    assert read_index(store, ["key", "new"])["new"].null_count == len(rows)
+    assert read_shard_columns(store, 0, ["new", "key"])[1].column_names == ["new", "key"]
+    for row in rows:
+        assert len(read_payload(store, row)) == row["size"]
+
+
+def _schemas():
+    from pipeline import shards
+
+    return shards.INDEX_SCHEMAS
+
+
+def _types():
+    from pipeline import shards
+
+    return shards._TYPES
+
+
+def test_the_loaders_read_one_split_of_its_mixed_shards(version3, tmp_path):
+    config = LoaderConfig(batch_size=5, cache=CacheConfig(folder=tmp_path / "cache"))
+    loader = TokenLoader(version3 / "tokens", config, window=(2, 2, 2), num_views=1, pad=16, rank=0, world_size=1)
+    batch = loader.batch(0)
+    index = read_index(version3 / "tokens").to_pylist()
+    assert sorted(batch["keys"]) == [row["key"] for row in index if row["split"] == "train"]
+    assert {row["split"] for row in index} == {"train", "val"}
+    assert int(batch["tokens"].max()) < 16
+    frames = FrameLoaderConfig(frames=FrameConfig(fps=5.0, size_px=32), batch_size=4, frames_per_clip=4, split="val")
+    assert np.ptp(FrameLoader(version3 / "clips", frames, rank=0, world_size=1).batch(0)["frames"].numpy()) > 0
+
+
+@pytest.mark.parametrize("kind", ["clips", "tokens"])
+def test_a_resume_names_the_command_that_makes_it_anew(version3, kind):
+    folder = version3 / kind
+    meta, before = read_meta(folder, complete=True), (folder / "dataset.json").read_bytes()
+    assert meta.schema_version == 3
+    job = {"clips": "tokenreel shard CORPUS OUT", "tokens": "tokenreel tokenize CLIPS OUT"}[kind]
+    with pytest.raises(ConfigError, match=rf"version 3.*another folder.*{job} --config {folder}/config.json"):
+        create_or_resume(folder, replace(meta, schema_version=schema.SCHEMA_VERSION))
+    assert (folder / "dataset.json").read_bytes() == before
+
+
+def test_an_unknown_format_names_those_that_are_read(version3):
+    path = version3 / "clips" / "dataset.json"
+    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 5'))
+    with pytest.raises(ConfigError, match="schema version 5; this tokenreel reads 3 and 4"):
+        read_meta(path.parent)
+
+
+def test_identities_of_runs_models_and_caches_are_those_of_the_release_before():
+    assert fingerprint(runs=["a", "b"]) == "f6f1e5f1a896071f172dad90b974c18f"
+    assert schema.identify_dataset(kind="clips", inputs="i", config={}) != fingerprint(
+        kind="clips", inputs="i", config={}
+    )
