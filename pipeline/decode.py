@@ -15,18 +15,18 @@ from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.packets import PacketTimes
 from pipeline.probe import VideoInfo
+from pipeline.sampling import PICKS, sampling_filters
 from pipeline.scoring import SCALE_FLAGS
 from pipeline.views import Crop
 
-_DECODING: dict[str, dict[str, float | str]] = {
-    "exact": {},
-    "fast": {"skip_frame": "noref", "skip_loop_filter": "all"},
-}
+_DECODING: dict[str, list[str]] = {"exact": [], "fast": ["-skip_frame", "noref", "-skip_loop_filter", "all"]}
+# Passed through: at a constant rate ffmpeg would put copies before a first frame that does not begin at 0.
+_RAW_RGB = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-threads", "1")
 # Along the longer side; a square frame counts as upright.
 _PLACES = {
-    "start": {"x": "if(gt(iw,ih),0,(iw-ow)/2)", "y": "if(gt(iw,ih),(ih-oh)/2,0)"},
-    "center": {},
-    "end": {"x": "if(gt(iw,ih),iw-ow,(iw-ow)/2)", "y": "if(gt(iw,ih),(ih-oh)/2,ih-oh)"},
+    "start": ":if(gt(iw\\,ih)\\,0\\,(iw-ow)/2):if(gt(iw\\,ih)\\,(ih-oh)/2\\,0)",
+    "center": "",
+    "end": ":if(gt(iw\\,ih)\\,iw-ow\\,(iw-ow)/2):if(gt(iw\\,ih)\\,(ih-oh)/2\\,ih-oh)",
 }
 
 
@@ -38,6 +38,9 @@ class FrameConfig:
     """Frames per second."""
     start_s: float = 0.0
     """Seconds of the clip before the first frame: the phase of the frames."""
+    pick: Literal["shown", "nearest"] = "shown"
+    """Which picture frame k is. shown: the one on screen at start_s + k / fps. nearest: the one that ffmpeg's own rounding
+    gives, as most published code decodes; it may begin up to half an interval later."""
     size_px: int = 128
     """Side of the square crop in pixels; the shorter side of the video is scaled to it."""
     decode: Literal["exact", "fast"] = "exact"
@@ -49,6 +52,8 @@ class FrameConfig:
             raise ConfigError(f"frames.fps = {self.fps}: must be more than 0, and finite")
         if not 0 <= self.start_s < math.inf:
             raise ConfigError(f"frames.start_s = {self.start_s}: must be 0 or more, and finite")
+        if self.pick not in PICKS:
+            raise ConfigError(f"frames.pick = {self.pick!r}: allowed are {', '.join(PICKS)}")
         if self.size_px < 8 or self.size_px % 8:
             raise ConfigError(f"frames.size_px = {self.size_px}: must be a multiple of 8 px")
         if self.decode not in ("exact", "fast"):
@@ -102,9 +107,8 @@ def iter_frames(
             taken.append(np.frombuffer(whole, np.uint8).reshape(count, crop.size_px, crop.size_px, 3))
         return taken
 
-    with Process(
-        _quiet(_crops_command(source, duration_s, config, crops, pipes, limits)), [source], limits, pipes=pipes
-    ) as process:
+    command = _crops_command(source, duration_s, config, crops, pipes, limits)
+    with Process(command, [source], limits, pipes=pipes) as process:
         for pipe, chunk in process.read():
             held[place_of[pipe]] += chunk
             while max_frames and all(
@@ -126,30 +130,24 @@ def _crops_command(
     pipes: Sequence[Pipe],
     limits: FfmpegLimits,
 ) -> list[str]:
-    # A clip shorter than one frame of the output has that frame; rounding would leave it none.
-    at_end = "pass" if (duration_s - config.start_s) * config.fps < 1 else "round"
-    stream = _open(source, limits, **_DECODING[config.decode])
-    if config.start_s:
-        # From 0 again, or ffmpeg would fill the time before with copies of the first frame.
-        stream = stream.filter("trim", start=config.start_s).filter("setpts", "PTS-STARTPTS")
-    stream = stream.filter("fps", fps=config.fps, eof_action=at_end)
-    outputs = []
+    short = (duration_s - config.start_s) * config.fps < 1
     sizes = list(dict.fromkeys(crop.scaled_px for crop in crops))
-    for size, scaled in zip(sizes, _split(stream, len(sizes)), strict=True):
-        scaled = scaled.filter("scale", size, size, force_original_aspect_ratio="increase", flags=SCALE_FLAGS)
+    graph = [f"[0:V:0]{sampling_filters(config.fps, config.start_s, config.pick, short)},{_split('size', len(sizes))}"]
+    outputs: list[str] = []
+    for number, size in enumerate(sizes):
         mine = [(crop, pipe) for crop, pipe in zip(crops, pipes, strict=True) if crop.scaled_px == size]
-        for (crop, pipe), copy in zip(mine, _split(scaled, len(mine)), strict=True):
-            square = copy.filter("crop", crop.size_px, crop.size_px, **_PLACES[crop.place])
-            outputs.append(square.output(pipe.url, format="rawvideo", pix_fmt="rgb24", **{"threads": 1}))
-    words: list[str] = ffmpeg_python.merge_outputs(*outputs).compile() if len(outputs) > 1 else outputs[0].compile()
-    return words
+        scale = f"scale={size}:{size}:force_original_aspect_ratio=increase:flags={SCALE_FLAGS}"
+        graph.append(f"[size{number}]{scale},{_split(f'crop{number}_', len(mine))}")
+        for place, (crop, pipe) in enumerate(mine):
+            label = f"crop{number}_{place}"
+            graph.append(f"[{label}]crop={crop.size_px}:{crop.size_px}{_PLACES[crop.place]}[{label}_]")
+            outputs += ["-map", f"[{label}_]", *_RAW_RGB, pipe.url]
+    words = [*ffmpeg.command(), *ffmpeg.input_words(limits), *_DECODING[config.decode]]
+    return [*words, "-i", ffmpeg.source_url(source), "-filter_complex", ";".join(graph), *outputs]
 
 
-def _split(stream: Any, count: int) -> list[Any]:
-    if count == 1:
-        return [stream]
-    copies = stream.filter_multi_output("split", count)
-    return [copies[number] for number in range(count)]
+def _split(label: str, count: int) -> str:
+    return f"split={count}" + "".join(f"[{label}{number}]" for number in range(count))
 
 
 def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) -> None:
@@ -221,8 +219,8 @@ def _has_frame(stream: Any, start_s: float, source: IO[bytes], limits: FfmpegLim
     return bool(ffmpeg.run(_quiet(command), source, limits, max_output_bytes=16 * 16))
 
 
-def _open(source: IO[bytes], limits: FfmpegLimits, **options: float | str) -> Any:
-    return ffmpeg_python.input(ffmpeg.source_url(source), **ffmpeg.input_options(limits), **options)["V:0"]
+def _open(source: IO[bytes], limits: FfmpegLimits) -> Any:
+    return ffmpeg_python.input(ffmpeg.source_url(source), **ffmpeg.input_options(limits))["V:0"]
 
 
 def _quiet(command: list[str]) -> list[str]:
