@@ -21,6 +21,7 @@ from jobs.tracking import DatasetInput, Tracker
 from pipeline import dataset
 from pipeline.dataset import DatasetMeta
 from pipeline.errors import ConfigError, TokenreelError
+from pipeline.internal import INTERNAL
 from pipeline.ledger import Ledger
 from pipeline.schema import REJECT_CLASSES
 from pipeline.shards import ShardInfo, Written
@@ -39,7 +40,7 @@ class RejectPolicy:
     judge_after: int = 50
     """Clips before that share is judged: the first bad file of a corpus is no bad corpus."""
     retry_rejects: tuple[str, ...] = ()
-    """Classes of rejects to try again, such as storage, timeout, resources; settings.limits may have changed."""
+    """Classes of rejects to try again, such as storage, timeout, resources, internal; limits may have changed."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_reject_fraction <= 1 or self.judge_after < 1:
@@ -168,7 +169,8 @@ class DataJob:
             yield on_shard
 
     def finish(self, predicted: StagePrediction | None = None, **figures: Any) -> JobResult:
-        """Check the books, write the totals, end the MLflow run. A stopped job reports what it came to.
+        """Check the books, write the totals, end the MLflow run. A stopped job reports what it came to; one with rejects of class
+        `internal` has failed, though all else of it is done.
 
         Args:
             predicted: what a plan said; predicted over actual is reported as `predicted_over_actual`, its time only where
@@ -188,6 +190,14 @@ class DataJob:
                 f"{self._job}: {ledger.rejected.total()} of {ledger.planned} clips were rejected, more than "
                 f"max_reject_fraction = {self._policy.max_reject_fraction:g}; the reasons stand in {self.out.where('rejects')}"
             )
+        if not self._is_stopped and (num_internal := ledger.rejected[INTERNAL]):
+            status = "failed"  # all else is committed, but a defect of ours must not pass unseen
+            figures["error"] = (
+                f"{num_internal} of {ledger.planned} inputs raised an error that tokenreel did not foresee (class {INTERNAL}); "
+                f"all others are done. {self.out.where('rejects')} has each with its traceback: please report it; "
+                f"--retry-rejects {INTERNAL} tries them again"
+            )
+            log.error(f"{self._job}: {figures['error']}")
         shown = {**{name: value for name, value in totals.items() if name not in ledger.to_json()}, **figures}
         result = result_of_books(self._job, self.out.url, ledger, status, **shown)
         result.fingerprint = self.meta.fingerprint

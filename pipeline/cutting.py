@@ -11,6 +11,7 @@ from pipeline.clips import plan_clips
 from pipeline.cut import Cut, CutSettings, too_short
 from pipeline.decode import least_reach
 from pipeline.errors import BadVideo, ConfigError
+from pipeline.internal import as_bad_video
 from pipeline.probe import VideoInfo
 from pipeline.quality import Scores, failed_threshold
 from pipeline.remux import remux_span
@@ -103,8 +104,8 @@ def _cut_span(file: IO[bytes], info: VideoInfo, span: ClipSpan, settings: CutSet
         make = {"copy": _copy, "remux": _remux, "transcode": _transcode}[settings.storage]
         made = make(file, info, cut, settings)
         return _keep(made, settings)
-    except BadVideo as bad:
-        return replace(cut, error=bad)
+    except Exception as error:
+        return replace(cut, error=as_bad_video(error))
 
 
 def _copy(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Cut:

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset import DatasetMeta
-from pipeline.errors import ConfigError, DatasetError
+from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
+from pipeline.internal import as_bad_video
 from pipeline.ledger import Ledger
-from pipeline.schema import SCORES, Reject, identify_dataset
+from pipeline.schema import EMBEDDING_SCHEMA, SCORES, Reject, identify_dataset
 from pipeline.shards import (
     ShardInfo,
     Written,
+    check_row,
     digest_rows,
     index_name,
     index_schema,
@@ -28,7 +30,7 @@ from pipeline.shards import (
     to_parquet,
     write_rejects,
 )
-from pipeline.storage import Store
+from pipeline.storage import LOCAL_TROUBLE, Store
 
 _CARRIED = ("clip_key", "view", "video_id", "source", "fps", "caption", "label", "split", "extra")
 
@@ -104,7 +106,7 @@ def write_embedding_shard(
 ) -> Written:
     """Embed the samples of one token shard that have the model's grid, and commit their rows.
 
-    A sample whose bytes are not those that were committed becomes a reject.
+    A sample whose bytes are not those that were committed becomes a reject, as does one for which anything else goes wrong.
 
     Raises:
         OSError: the shard's tar cannot be read at all.
@@ -118,14 +120,13 @@ def write_embedding_shard(
     values: list[np.ndarray] = []
     with tokens.open(shard_name(shard)) as file:
         for sample, starts, vectors in _embed_samples(file, samples, rejects, embed, settings):
-            if settings.rows == "clip":
-                rows.append(_row(sample, sample["key"], 0, sample["num_frames"], len(starts)))
-                values.append(vectors.mean(axis=0, dtype=np.float64).astype(np.float32))
+            try:
+                made = _rows(sample, starts, vectors, embed, settings)
+            except Exception as error:
+                rejects.append(_reject(sample, as_bad_video(error)))
                 continue
-            for start, vector in zip(starts, vectors, strict=True):
-                frames = min(embed.window[0], sample["num_frames"] - start)
-                rows.append(_row(sample, f"{sample['key']}-w{start:06d}", start, frames, 1))
-                values.append(vector)
+            rows += [row for row, _ in made]
+            values += [vector for _, vector in made]
     planned = len(rows) + len(rejects)
     info = _commit(out, dataset_fingerprint, shard, embed.width, rows, values, rejects, planned, parent.content)
     return Written(info, sum(sample["size"] for sample in samples))
@@ -166,21 +167,14 @@ def _embed_samples(
     for sample in samples:
         try:
             codes = _read_codes(file, sample)
-        except DatasetError as error:
-            rejects.append(
-                Reject(
-                    path=sample["source"],
-                    key=sample["key"],
-                    stage="embed",
-                    reject_class="corrupt",
-                    reason=str(error),
-                )
-            )
+            starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride or embed.window[0]))
+            cut = [_cut(codes, start, embed) for start in starts]
+        except Exception as error:
+            rejects.append(_reject(sample, as_bad_video(error)))
             continue
-        starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride or embed.window[0]))
         waiting.append((sample, starts))
-        for start in starts:
-            windows.append(_cut(codes, start, embed))
+        for window in cut:
+            windows.append(window)
             if len(windows) == settings.batch_windows:
                 vectors = np.concatenate([vectors, _run(embed, windows, settings.batch_windows)])
                 windows = []
@@ -200,10 +194,26 @@ def _run(embed: Embed, windows: list[np.ndarray], batch_windows: int) -> np.ndar
     return found[: len(windows)]
 
 
+def _reject(sample: dict[str, Any], bad: BadVideo) -> Reject:
+    return Reject(
+        path=sample["source"],
+        key=sample["key"],
+        stage="embed",
+        reject_class=bad.reject_class,
+        reason=bad.reason,
+        stderr=bad.stderr,
+    )
+
+
 def _read_codes(file: IO[bytes], sample: dict[str, Any]) -> np.ndarray:
-    data = os.pread(file.fileno(), sample["size"], sample["offset"])
+    try:
+        data = os.pread(file.fileno(), sample["size"], sample["offset"])
+    except OSError as error:
+        if error.errno in LOCAL_TROUBLE:
+            raise
+        raise TransientIO(f"the tokens cannot be read: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() != sample["sha256"]:
-        raise DatasetError("the bytes of the tokens are not the ones that were committed")
+        raise BadVideo("corrupt", "the bytes of the tokens are not the ones that were committed")
     return np.frombuffer(data, "<u2").reshape(sample["num_frames"], sample["height"], sample["width"])
 
 
@@ -212,6 +222,32 @@ def _cut(codes: np.ndarray, start: int, embed: Embed) -> np.ndarray:
     frames = codes[start : start + len(window)]
     window[: len(frames)] = frames
     return window
+
+
+def _rows(
+    sample: dict[str, Any], starts: list[int], vectors: np.ndarray, embed: Embed, settings: EmbedSettings
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """The rows of a sample, each with its vector."""
+    if settings.rows == "clip":
+        row = _row(sample, sample["key"], 0, sample["num_frames"], len(starts))
+        made = [(row, vectors.mean(axis=0, dtype=np.float64).astype(np.float32))]
+    else:
+        made = [
+            (
+                _row(
+                    sample,
+                    f"{sample['key']}-w{start:06d}",
+                    start,
+                    min(embed.window[0], sample["num_frames"] - start),
+                    1,
+                ),
+                vector,
+            )
+            for start, vector in zip(starts, vectors, strict=True)
+        ]
+    for row, _ in made:
+        check_row(row, EMBEDDING_SCHEMA)
+    return made
 
 
 def _row(sample: dict[str, Any], key: str, first_frame: int, num_frames: int, num_windows: int) -> dict[str, Any]:

@@ -19,6 +19,10 @@ class TransientIO(TokenreelError):
     """Storage failed in a way that may pass; the caller may retry."""
 
 
+class OutputError(OSError):
+    """What a job writes cannot be written: the disk's fault, never that of the input at hand."""
+
+
 class BadVideo(TokenreelError):
     """One input cannot become a sample; permanent, so it is rejected with its reason and the job goes on.
 

@@ -32,6 +32,7 @@ REJECT_CLASSES = (
     "duplicate",  # the same bytes as an earlier file
     "timeout",  # ffmpeg ran out of wall-clock or CPU time
     "resources",  # ffmpeg ran out of memory or was killed
+    "internal",  # it raised an error that nobody foresaw: a defect of ours
 )
 SCORES = ("black", "frozen", "letterbox", "brightness", "sharpness", "motion", "cuts_per_min")
 """What one pass over a clip measures (`pipeline.quality`); a column `score_NAME` each in the index."""
@@ -74,7 +75,8 @@ class ClipSpan:
 class Reject:
     """Why an input is in no shard: it failed (`rejected`) or a threshold left it out on purpose (`filtered`).
 
-    `key` is empty where the whole video failed before it had one. `stderr` is the tail of what ffmpeg said.
+    `key` is empty where the whole video failed before it had one. `stderr` is the tail of what ffmpeg said,
+    or of the traceback in class `internal`.
     """
 
     path: str

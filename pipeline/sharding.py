@@ -20,6 +20,7 @@ from pipeline.dataset import DatasetMeta, read_rejects_file
 from pipeline.decode import require_decodable
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
+from pipeline.internal import as_bad_video
 from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig
@@ -101,7 +102,8 @@ def write_clip_shard(
     settings: ShardSettings,
     retry: Collection[str] = (),
 ) -> Written:
-    """Turn the videos of one work item into one committed shard. Bad videos become rejects.
+    """Turn the videos of one work item into one committed shard. A video for which anything goes wrong becomes a reject, of class
+    `internal` where nobody foresaw it.
 
     Args:
         refs: rows of the plan; those of one video stand together.
@@ -136,6 +138,7 @@ class _Item:
         """Add the clips of one video; `attempts` counts those made before this one."""
         has_spans = refs[0].start_s is not None
         first_reject = len(self.rejects)
+        left: dict[ClipSpan, VideoRef] | None = None
         try:
             with self._open(refs[0].path) as file, ThreadPoolExecutor(1) as hashing:
                 self.read_bytes += os.fstat(file.fileno()).st_size
@@ -146,11 +149,11 @@ class _Item:
                 # A copied video is hashed on its way into the shard; others while ffmpeg works on their first clip.
                 copies = self._settings.storage == "copy"
                 digest = None if copies else hashing.submit(_hash, file).result
-                by_span = {_span(ref): ref for ref in refs} if has_spans else {}
+                left = {_span(ref): ref for ref in refs} if has_spans else {}
                 failed_in_a_row = 0
                 for cut in cut_video(file, info, spans, self._settings):
                     self.planned += 1
-                    self._add_cut(cut, by_span.get(cut.planned, refs[0]), file, info, digest, has_spans)
+                    self._add_cut(cut, left.pop(cut.planned, refs[0]), file, info, digest, has_spans)
                     failed_in_a_row = failed_in_a_row + 1 if cut.error is not None else 0
                     if (
                         failed_in_a_row == _MAX_FAILED_IN_A_ROW
@@ -162,9 +165,11 @@ class _Item:
                             f"{failed_in_a_row} clips in a row failed; what is left, [{cut.planned.end_s:g}, "
                             f"{info.duration_s:g}) s, counts as one that fails too",
                         )
-        except BadVideo as bad:  # of the video as a whole, or of its rest: each clip that it was planned as
-            self.planned += len(refs) if has_spans else 1
-            self.rejects += [_reject(ref.path, bad, "") for ref in (refs if has_spans else refs[:1])]
+        except Exception as error:  # of the video as a whole, or of its rest: each clip that it was planned as
+            bad = as_bad_video(error)
+            rest = refs[:1] if not has_spans else refs if left is None else list(left.values())
+            self.planned += len(rest)
+            self.rejects += [_reject(ref.path, bad, "") for ref in rest]
         self.rejects[first_reject:] = [
             replace(one, attempts=attempts + one.attempts) for one in self.rejects[first_reject:]
         ]
@@ -172,8 +177,6 @@ class _Item:
     def _open(self, path: str) -> IO[bytes]:
         try:
             file = self._corpus.open(path, max_bytes=self._settings.limits.max_file_bytes)
-        except TransientIO as error:
-            raise BadVideo("storage", str(error)) from error
         except OSError as error:
             if error.errno in LOCAL_TROUBLE:  # a full disk is not the video's fault
                 raise
@@ -202,7 +205,6 @@ class _Item:
             key = key_of(video_id)
             if key in self.keys:
                 raise _duplicate(key)
-            self.keys.add(key)
             return _row(key, video_id, ref, cut, info, self._settings.val_fraction)
 
         key = ""
@@ -219,11 +221,10 @@ class _Item:
                     )
                 )  # fmt: skip
             else:
-                self._writer.add_file(cut.clip or file, cut.ext, describe)
-        except TransientIO as error:
-            self.rejects.append(_reject(ref.path, BadVideo("storage", str(error)), key))
-        except BadVideo as bad:
-            self.rejects.append(_reject(ref.path, bad, key))
+                payload_digest = self._writer.add_file(cut.clip or file, cut.ext, describe)
+                self.keys.add(key_of((digest() if digest else payload_digest)[:16]))
+        except Exception as error:
+            self.rejects.append(_reject(ref.path, as_bad_video(error), key))
 
 
 class _Previous:

@@ -11,21 +11,26 @@ import hashlib
 import io
 import itertools
 import json
+import logging
+import math
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DatasetError, TransientIO
+from pipeline.errors import DatasetError, OutputError, TransientIO
+from pipeline.internal import INTERNAL
 from pipeline.ledger import Ledger
 from pipeline.parquet import parse_parquet
 from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
 from pipeline.storage import Store
+
+log = logging.getLogger(__name__)
 
 INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA, "embeddings": EMBEDDING_SCHEMA}
 _TYPES = {field.name: field.type for schema in INDEX_SCHEMAS.values() for field in schema}
@@ -110,10 +115,11 @@ class ShardWriter:
             payload_start: bytes of `member` before the payload that the index points at (a .npy header).
         """
         digest = hashlib.sha256(memoryview(member)[payload_start:]).hexdigest()
-        offset = self._begin_member() + payload_start
-        self._file.write(member)
-        self._end_member(f"{row['key']}.{ext}", len(member))
-        self._add_row(row, offset, len(member) - payload_start, digest)
+        with self._or_nothing():
+            offset = self._begin_member() + payload_start
+            self._write(member)
+            self._end_member(f"{row['key']}.{ext}", len(member))
+            self._add_row(row, offset, len(member) - payload_start, digest)
 
     def add_file(
         self, payload: IO[bytes], ext: str, describe: Describe, offset: int = 0, size: int | None = None
@@ -127,22 +133,29 @@ class ShardWriter:
             the payload's SHA-256, in hex.
 
         Raises:
-            TransientIO: the file cannot be read, or ended early; as after any error, nothing of the sample is left in the
-                shard, and more can be added.
+            TransientIO: the file cannot be read, or ended early; as after any error but an `OutputError`, nothing of the
+                sample is left in the shard, and more can be added.
         """
         size = os.fstat(payload.fileno()).st_size - offset if size is None else size
-        start = self._file.tell()
-        place = self._begin_member()
-        try:
+        with self._or_nothing():
+            place = self._begin_member()
             digest = self._copy(payload, offset, size)
             row = describe(digest)
-        except BaseException:
-            self._file.seek(start)
-            self._file.truncate()
-            raise
-        self._end_member(f"{row['key']}.{ext}", size)
-        self._add_row(row, place, size, digest)
+            self._end_member(f"{row['key']}.{ext}", size)
+            self._add_row(row, place, size, digest)
         return digest
+
+    def mark(self) -> tuple[int, int]:
+        """The place that `rewind` goes back to."""
+        return self._file.tell(), len(self._rows)
+
+    def rewind(self, mark: tuple[int, int]) -> None:
+        """Drop the samples that were added since `mark`."""
+        position, num_rows = mark
+        with self._output():
+            self._file.seek(position)
+            self._file.truncate()
+        del self._rows[num_rows:]
 
     def commit(self, planned: int, rejects: Sequence[Reject], *, parent_content: str = "") -> ShardInfo:
         """Make the shard count, and return what its index says of it.
@@ -180,24 +193,52 @@ class ShardWriter:
         with contextlib.suppress(OSError):
             self._scratch.unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        """Leaves nothing of a sample that the body fails to add."""
+        mark = self.mark()
+        try:
+            yield
+        except OutputError:  # the file is in no state to go on with
+            raise
+        except BaseException:
+            self.rewind(mark)
+            raise
+
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[None]:
+        """Tells errors of the shard's own file from those of an input."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror, str(self._scratch)) from error
+
+    def _write(self, data: bytes | memoryview) -> None:
+        with self._output():
+            self._file.write(data)
+
     def _begin_member(self) -> int:
-        self._file.write(bytes(tarfile.BLOCKSIZE))  # the header's place
+        self._write(bytes(tarfile.BLOCKSIZE))  # the header's place
         return self._file.tell()
 
     def _end_member(self, name: str, size: int) -> None:
+        header = tar_header(name, size)
         end = self._file.tell()
-        self._file.seek(end - size - tarfile.BLOCKSIZE)
-        self._file.write(tar_header(name, size))
-        self._file.seek(end)
-        self._file.write(bytes(-size % tarfile.BLOCKSIZE))
+        with self._output():
+            self._file.seek(end - size - tarfile.BLOCKSIZE)
+            self._file.write(header)
+            self._file.seek(end)
+            self._file.write(bytes(-size % tarfile.BLOCKSIZE))
 
     def _add_row(self, row: dict[str, Any], offset: int, size: int, digest: str) -> None:
         info = json.dumps(sample_info(row), sort_keys=True).encode()
         json_offset = self._begin_member()
-        self._file.write(info)
+        self._write(info)
         self._end_member(f"{row['key']}.json", len(info))
         place = {"offset": offset, "size": size, "sha256": digest, "json_offset": json_offset, "json_size": len(info)}
-        self._rows.append({**row, **place})
+        row = {**row, **place}
+        check_row(row, INDEX_SCHEMAS[self._kind])
+        self._rows.append(row)
 
     def _copy(self, payload: IO[bytes], offset: int, size: int) -> str:
         hasher = hashlib.sha256()
@@ -211,7 +252,7 @@ class ShardWriter:
             if not count:
                 raise TransientIO(f"ended after {done} of {size} bytes; it changed while it was read")
             hasher.update(buffer[:count])
-            self._file.write(buffer[:count])
+            self._write(buffer[:count])
             done += count
             self._start_writeback()
         return hasher.hexdigest()
@@ -331,11 +372,30 @@ def read_payload(store: Store, row: dict[str, Any]) -> bytes:
 
 
 def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
-    """Replace the rejects file `name`; no rejects, no file."""
-    if rejects:
-        store.write(name, to_parquet(pa.Table.from_pylist([asdict(r) for r in rejects], schema=REJECT_SCHEMA)))
+    """Replace the rejects file `name`; no rejects, no file. Defects of ours are logged too, each with its input."""
+    rows = [{name: _storable(value) for name, value in asdict(one).items()} for one in rejects]
+    for row in rows:
+        if row["reject_class"] == INTERNAL:
+            shown = f"{row['path']} ({row['key']})" if row["key"] else row["path"]
+            log.error(f"{shown}: {row['reason']}; {store.where(name)} has the traceback")
+    if rows:
+        store.write(name, to_parquet(pa.Table.from_pylist(rows, schema=REJECT_SCHEMA)))
     else:
         store.remove(name)
+
+
+def check_row(row: Mapping[str, Any], schema: pa.Schema) -> None:
+    """Raise `ValueError`, `TypeError` or `OverflowError` where the index cannot hold a value of `row`, or a time or a rate in it
+    is none: found here it costs one sample, and at the shard's end it would cost them all."""
+    pa.RecordBatch.from_pylist([row], schema=schema)
+    for name in ("start_s", "end_s", "fps"):
+        if not math.isfinite(row[name]):
+            raise ValueError(f"{name} = {row[name]} is no finite number")
+
+
+def _storable(value: Any) -> Any:
+    """A text with what is not UTF-8 in it spelled out: an error may quote the name of any file."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def sample_info(row: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def _shard_task(
     arguments: tuple[Store, Store, str, ShardSettings, tuple[str, ...]], shard: int, refs: list[VideoRef]
 ) -> Written:
     corpus, out, fingerprint, settings, retry = arguments
-    return write_clip_shard(out, fingerprint, shard, corpus, refs, settings, retry)
+    with collected_warnings() as warnings:
+        written = write_clip_shard(out, fingerprint, shard, corpus, refs, settings, retry)
+    return written._replace(warnings=tuple(warnings))
 
 
 def run_tokenize(
@@ -283,7 +285,9 @@ class _Embedder:
             return self._embed(windows)
 
     def write_shard(self, shard: int) -> Written:
-        return write_embedding_shard(self._tokens, self._out, self._fingerprint, shard, self, self._settings)
+        with collected_warnings() as warnings:
+            written = write_embedding_shard(self._tokens, self._out, self._fingerprint, shard, self, self._settings)
+        return written._replace(warnings=tuple(warnings))
 
     def use(self) -> EncoderUse:
         return self._clock.use()

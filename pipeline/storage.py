@@ -27,8 +27,11 @@ from pipeline.files import sync_path, write_atomic
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss")
 _WEB = ("http", "https")
 CHUNK_BYTES = 4 * 2**20
-LOCAL_TROUBLE = (errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
-"""Errors that are this machine's, and neither the storage's nor the file's: no room, no descriptors, no memory."""
+LOCAL_TROUBLE = (
+    errno.EAGAIN, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EROFS,
+)  # fmt: skip
+"""Errors that are this machine's, and neither the storage's nor the file's: no room, descriptors, memory or processes."""
+_INT64 = (-(2**63), 2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,11 @@ class Entry:
     name: str
     size_bytes: int | None
     mtime_ns: int
+    """Since 1970; a time before 1677 or after 2262, which 64 bits have no number for, counts as the first or last that they have."""
+
+    def __post_init__(self) -> None:
+        if not _INT64[0] <= self.mtime_ns <= _INT64[1]:
+            object.__setattr__(self, "mtime_ns", min(max(self.mtime_ns, _INT64[0]), _INT64[1]))
 
 
 class Store(ABC):

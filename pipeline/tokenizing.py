@@ -13,8 +13,9 @@ import numpy as np
 from pipeline.dataset import DatasetMeta
 from pipeline.decode import FrameConfig, iter_frames, open_bytes
 from pipeline.encoding import Encode, Piece, encode_pieces
-from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
+from pipeline.errors import BadVideo, ConfigError, DatasetError
 from pipeline.ffmpeg import FfmpegLimits
+from pipeline.internal import as_bad_video
 from pipeline.quality import QualityThresholds, failed_threshold
 from pipeline.schema import SCORES, Outcome, Reject, identify_dataset
 from pipeline.shards import ShardWriter, Written, read_payload, read_shard_info
@@ -124,46 +125,48 @@ def _bytes_of(crops: Sequence[Crop]) -> int:
 def _decode_pieces(
     clips: Store, row: dict[str, Any], settings: TokenizeSettings, crops: Sequence[Crop], max_frames: int | None
 ) -> Iterator[Piece]:
-    duration_s = row["end_s"] - row["start_s"]
-
     def reject(reject_class: str, reason: str, stderr: str = "", outcome: Outcome = "rejected") -> Piece:
-        why = Reject(
-            path=row["source"],
-            key=row["key"],
-            stage="tokenize",
-            outcome=outcome,
-            reject_class=reject_class,
-            reason=reason,
-            stderr=stderr,
-        )
-        return Piece([], True, why)
+        return Piece([], True, _reject(row, row["key"], BadVideo(reject_class, reason, stderr), outcome))
 
-    scores = {name: math.nan if row[f"score_{name}"] is None else row[f"score_{name}"] for name in SCORES}
-    if (failed := failed_threshold(scores, settings.keep)) is not None:
-        yield reject(*failed, outcome="filtered")
-    elif settings.frames.start_s and duration_s <= settings.frames.start_s:
-        reason = f"lasts {duration_s:.3f} s; frames begin at frames.start_s = {settings.frames.start_s:g}"
-        yield reject("too-short", reason, outcome="filtered")
-    else:
-        try:
-            with open_bytes(read_payload(clips, row)) as file:
-                ahead: list[np.ndarray] | None = None
-                for frames in iter_frames(file, duration_s, settings.frames, crops, settings.limits, max_frames):
-                    if ahead is not None:
-                        yield Piece(ahead, False)
-                    ahead = frames
-            assert ahead is not None
-            yield Piece(ahead, True)
-        except BadVideo as bad:
-            yield reject(bad.reject_class, bad.reason, bad.stderr)
-        except TransientIO as error:
-            yield reject("storage", str(error))
-        except DatasetError as error:
-            yield reject("corrupt", str(error))
-        except OSError as error:
-            if error.errno in LOCAL_TROUBLE:  # a full disk is not the clip's fault
-                raise
-            yield reject("unreadable", str(error))
+    try:
+        scores = {name: math.nan if row[f"score_{name}"] is None else row[f"score_{name}"] for name in SCORES}
+        if (failed := failed_threshold(scores, settings.keep)) is not None:
+            yield reject(*failed, outcome="filtered")
+            return
+        duration_s = row["end_s"] - row["start_s"]
+        if settings.frames.start_s and duration_s <= settings.frames.start_s:
+            reason = f"lasts {duration_s:.3f} s; frames begin at frames.start_s = {settings.frames.start_s:g}"
+            yield reject("too-short", reason, outcome="filtered")
+            return
+        with open_bytes(read_payload(clips, row)) as file:
+            ahead: list[np.ndarray] | None = None
+            for frames in iter_frames(file, duration_s, settings.frames, crops, settings.limits, max_frames):
+                if ahead is not None:
+                    yield Piece(ahead, False)
+                ahead = frames
+        assert ahead is not None
+        yield Piece(ahead, True)
+    except DatasetError as error:
+        yield reject("corrupt", str(error))
+    except OSError as error:
+        if error.errno in LOCAL_TROUBLE:  # a full disk is not the clip's fault
+            raise
+        yield reject("unreadable", str(error))
+    except Exception as error:
+        bad = as_bad_video(error)
+        yield reject(bad.reject_class, bad.reason, bad.stderr)
+
+
+def _reject(row: dict[str, Any], key: str, bad: BadVideo, outcome: Outcome = "rejected") -> Reject:
+    return Reject(
+        path=row["source"],
+        key=key,
+        stage="tokenize",
+        outcome=outcome,
+        reject_class=bad.reject_class,
+        reason=bad.reason,
+        stderr=bad.stderr,
+    )
 
 
 def write_token_shard(
@@ -196,9 +199,15 @@ def write_token_shard(
             if isinstance(encoded, Reject):
                 rejects += [replace(encoded, key=view.key(encoded.key)) for view in views]
                 continue
-            for view, codes in zip(views, encoded, strict=True):
-                member, header_bytes = _npy(codes)
-                writer.add(_token_row(row, view, codes, settings), "tokens.npy", member, header_bytes)
+            mark = writer.mark()
+            try:
+                for view, codes in zip(views, encoded, strict=True):
+                    member, header_bytes = _npy(codes)
+                    writer.add(_token_row(row, view, codes, settings), "tokens.npy", member, header_bytes)
+            except Exception as error:
+                bad = as_bad_video(error)
+                writer.rewind(mark)
+                rejects += [_reject(row, view.key(row["key"]), bad) for view in views]
         info = writer.commit(len(rows) * len(views), rejects, parent_content=parent.content)
         return Written(info, sum(row["size"] for row in rows))
     finally:
