@@ -33,8 +33,8 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# Kills, hosts cut off (needs root), disks, object stores and damaged videos, seeded: 100 kill runs of shard, 100 of tokenize and 2,000 videos, over an hour on
-# two cores. `make faults RUNS=10 SEED=5000` is shorter and draws others; a failing test's name holds the seed that repeats it.
+# Kills, hosts cut off (needs root), disks, object stores, damaged videos and the matrix of numbered frames, seeded: 100 kill runs of shard, 100 of tokenize, 30 of
+# pretrain and 2,750 videos, hours on two cores. `make faults RUNS=10 SEED=5000` is shorter and draws others; a failing test's name holds the seed that repeats it.
 RUNS ?= 100
 SEED ?= 0
 

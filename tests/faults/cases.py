@@ -14,8 +14,8 @@ import psutil
 
 from jobs.verify import VerifyConfig
 from jobs.verify import run as verify
-from pipeline.dataset import read_rejects
 from tests.corpora import make_clip, real_clips
+from tests.faults.differences import describe_differences
 
 MODES = {
     "copy": ("--videos-per-shard", "1"),
@@ -103,16 +103,14 @@ def believed(out: Path) -> dict[str, bytes]:
     return {
         name: data
         for name, data in files_of(out).items()
-        if name.partition("/")[0] in ("shards", "index", "rejects") and Path(name).stem in indexed
+        if name.partition("/")[0] in ("shards", "index", "rejects") and _shard_of(name) in indexed
     }
 
 
 def check_same(out: Path, whole: dict[str, bytes]) -> None:
     """Assert that the dataset is the unbroken run's, byte for byte, and that `verify` finds nothing."""
-    ours = files_of(out)
-    different = [name for name in sorted(ours.keys() | whole.keys()) if ours.get(name) != whole.get(name)]
-    rejects = [f"{one.path}: {one.reject_class}: {one.reason}" for one in read_rejects(out)] if different else []
-    assert not different, f"{out}: not as an unbroken run leaves it: {different}; its rejects: {rejects}"
+    different = describe_differences(files_of(out), whole)
+    assert not different, "\n".join([f"{out}: not as an unbroken run leaves it:", *different])
     result = verify(VerifyConfig(dataset=str(out)))
     assert (result.status, result.figures["num_problems"]) == ("done", 0), result.figures["problems"]
 
@@ -120,12 +118,16 @@ def check_same(out: Path, whole: dict[str, bytes]) -> None:
 def check_subset(out: Path, whole: dict[str, bytes]) -> int:
     """Assert that each shard that a reader believes is as the unbroken run's; how many there are."""
     found = believed(out)
-    different = [name for name, data in found.items() if whole.get(name) != data]
-    assert not different, f"{out}: believed, but not as an unbroken run leaves them: {different}"
-    shards = {Path(name).stem for name in found}
-    missing = [f"shards/{shard}.tar" for shard in shards if f"shards/{shard}.tar" not in found]
-    assert not missing, f"{out}: an index without its tar: {missing}"
+    shards = {_shard_of(name) for name in found}
+    due = {name: data for name, data in whole.items() if name in found or _shard_of(name) in shards}
+    different = describe_differences(found, due)
+    assert not different, "\n".join([f"{out}: believed, but not as an unbroken run leaves them:", *different])
     return len(shards)
+
+
+def _shard_of(name: str) -> str:
+    """The number of the shard whose tar, index or rejects a file holds, as in its name."""
+    return Path(name).stem.rpartition("-")[2]
 
 
 def check_no_ffmpeg_left(within_s: float = 10.0) -> None:

@@ -11,16 +11,18 @@ from tests.faults.cases import ALWAYS, MODES, TOKEN_MODES, files_of, make_corpus
 from tests.faults.command import run
 
 KINDS = {
-    ("shard", "driver"): 56,
-    ("shard", "worker"): 36,
+    ("shard", "driver"): 40,
+    ("shard", "worker"): 52,
     ("shard", "raylet"): 6,
     ("shard", "head"): 2,
     ("tokenize", "driver"): 30,
     ("tokenize", "encoder"): 30,
     ("tokenize", "decoder"): 30,
     ("tokenize", "raylet"): 10,
+    ("pretrain", "driver"): 12,
+    ("pretrain", "worker"): 18,
 }
-"""Of a hundred kill runs of a stage, how many kill what."""
+"""Of a hundred kill runs of a data stage, and thirty of training, how many kill what; 130 kill a worker."""
 _QUICK = {("shard", "driver"): 1, ("shard", "worker"): 1, ("tokenize", "decoder"): 1}  # the rest: make faults
 
 
@@ -36,9 +38,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = [(*kind, first + number) for _, kind, number in spread]
         metafunc.parametrize("kill", cases, ids=[f"{stage}-{kind}-seed{seed}" for stage, kind, seed in cases])
     if "damaged" in metafunc.fixturenames:
-        number = 125 if runs else 10  # of videos at a time; of a hundred runs' 2,000, a quarter is sharded in each mode
-        starts = range(first, first + max(1, 5 * runs), number)
-        damaged = [(mode, start, number) for start in starts for mode in MODES]
+        number = (
+            125 if runs else 10
+        )  # of videos at a time; of a hundred runs, 2,000 by remux, and 250 in each other way
+        shares = {mode: 20 * runs if mode == "remux" else 5 * runs // 2 for mode in MODES}
+        damaged = [
+            (mode, start, number) for mode in MODES for start in range(first, first + max(1, shares[mode]), number)
+        ]
         metafunc.parametrize("damaged", damaged, ids=[f"{mode}-seed{start}" for mode, start, _ in damaged])
     if "seed" in metafunc.fixturenames:
         seeds = range(first, first + max(1, runs // 10))

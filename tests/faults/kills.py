@@ -6,9 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,11 @@ from tests.faults.points import DRIVER_POINTS, SHARD_POINTS, Watch
 
 TITLES = {"worker": "_shard_task", "encoder": "_Encoder", "decoder": "_decode_task"}
 """Kind to what Ray calls the processes of its workers while they are at that."""
+_MAX_TOO_LATE = 5
+_ENV = {"head": {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}}  # Ray's own patience with a lost head is a minute
+_TELLING = re.compile(r"error|exception|traceback|died|dead|kill|signal|reject", re.IGNORECASE)
+_MAX_LINES = 40
+"""Of one log, in a failed check."""
 _LONGEST_WAIT_S = {"shard": (8.0, 8.0), "tokenize": (6.0, 1.0)}
 """Stage to how long a random time is at most: the driver's from the job's first point on, and others' from the first tar on."""
 
@@ -144,36 +152,84 @@ def run_and_kill(
     address: str,
 ) -> Command:
     """Start a command that makes the dataset `out`, kill what `kind` says at a drawn point, and check that what counts then
-    is as in `whole`. The command, which goes on unless it is the killed driver; `nodes` are for raylet and head."""
-    num_shards = sum(name.startswith("shards/") for name in whole)
-    point = draw.choice([*(DRIVER_POINTS[stage] if kind == "driver" else SHARD_POINTS), "time"])
-    count = draw.randint(1, num_shards - 1) if point in SHARD_POINTS else 2 if point == "finishing" else 1
-    longest_s = _LONGEST_WAIT_S[stage][kind != "driver"]
-    delay_s = draw.uniform(0, longest_s) if point == "time" else draw.choice([0, 0, draw.uniform(0, 0.05)])
-    print(f"{stage}, {kind}: {point} {count}, and {delay_s:.3f} s more")
+    is as in `whole`. Where the job was done before the kill, all is made again and another point is drawn.
+
+    Returns:
+        The command, which goes on unless it is the killed driver.
+    """
+    for _ in range(_MAX_TOO_LATE):
+        command = Command(*words, cwd=out.parent, address=address, env=_ENV.get(kind))
+        if _kill_at(_Point.drawn(stage, kind, draw, whole), kind, draw, command, out, nodes):
+            print(f"{stage}, {kind}: {check_subset(out, whole)} shards counted then")
+            return command
+        command.end()
+        shutil.rmtree(out)
+    raise AssertionError(f"{_MAX_TOO_LATE} times the job was done before the kill")
+
+
+@dataclass(frozen=True)
+class _Point:
+    """The `count`-th time that a file of `name` appears (see POINTS), and `delay_s` seconds more."""
+
+    name: str
+    count: int
+    delay_s: float
+
+    @staticmethod
+    def drawn(stage: str, kind: str, draw: random.Random, whole: dict[str, bytes]) -> _Point:
+        num_shards = sum(name.startswith("index/") for name in whole)
+        point = draw.choice([*(DRIVER_POINTS[stage] if kind == "driver" else SHARD_POINTS), "time"])
+        count = draw.randint(1, num_shards - 1) if point in SHARD_POINTS else 2 if point == "finishing" else 1
+        longest_s = _LONGEST_WAIT_S[stage][kind != "driver"]
+        delay_s = draw.uniform(0, longest_s) if point == "time" else draw.choice([0, 0, draw.uniform(0, 0.05)])
+        print(f"{stage}, {kind}: {point} {count}, and {delay_s:.3f} s more")
+        if point == "time":
+            point = DRIVER_POINTS[stage][0] if kind == "driver" else "writing a tar"
+        return _Point(point, count, delay_s)
+
+
+def _kill_at(point: _Point, kind: str, draw: random.Random, command: Command, out: Path, nodes: Nodes | None) -> bool:
+    """Kill at that point; False where the job was done by then."""
     with Watch(out) as watch:
-        # Ray's own patience with a lost head is a minute.
-        env = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"} if kind == "head" else {}
-        command = Command(*words, cwd=out.parent, address=address, env=env)
-        seen = watch.wait(
-            point if point != "time" else DRIVER_POINTS[stage][0] if kind == "driver" else "writing a tar",
-            count,
-            lambda: command.is_running,
-        )
+        seen = watch.wait(point.name, point.count, lambda: command.is_running)
         assert seen is not None, f"ended before it could be killed:\n{command.said}"
-        time.sleep(delay_s)
-        was_running = command.is_running
+        time.sleep(point.delay_s)
+        if kind in TITLES:
+            return _kill_a_worker(kind, out, draw, command)
+        if not command.is_running:
+            return False
         if kind == "driver":
             command.kill()
-        elif kind in TITLES:
-            was_running = _kill_a_worker(kind, out, draw, command)
         else:
             assert nodes is not None
             (nodes.kill_raylet if kind == "raylet" else nodes.kill_head)()
-    left = check_subset(out, whole)
-    late = "" if was_running else ", too late: the job was done"
-    print(f"{stage}, {kind}: {left} of {num_shards} shards counted then{late}")
-    return command
+        return True
+
+
+@contextlib.contextmanager
+def explained(*folders: Path) -> Iterator[None]:
+    """To a failed check in the body, adds what the commands and Ray's processes logged since: `folders` hold the commands'."""
+    started_s = time.time()
+    try:
+        yield
+    except AssertionError as error:
+        said = [path for folder in folders for path in sorted(folder.glob("**/std*.log"))]
+        logs = [path for folder in _ray_folders() for path in sorted(folder.glob("session_*/logs/*.[oe][ur][tr]"))]
+        for path in [*said, *(path for path in logs if path.stat().st_mtime >= started_s)]:
+            lines = path.read_text(errors="replace").splitlines()
+            telling = [line for line in lines if _TELLING.search(line)] if path in logs else lines
+            if telling:
+                error.add_note("\n".join([f"{path}:", *telling[-_MAX_LINES:]]))
+        raise
+
+
+def _ray_folders() -> list[Path]:
+    """Where Ray's nodes of this session log: ours says so in its environment, the others in their raylets' command lines."""
+    found = {Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found |= {Path(word.partition("=")[2]) for word in process.cmdline() if word.startswith("--temp_dir=")}
+    return sorted(found)
 
 
 def check_finished(out: Path, whole: dict[str, bytes]) -> None:

@@ -29,8 +29,12 @@ POINTS = {
     "writing an index": "index/.*.tmp",
     "index there": "index/*.parquet",
     "finishing": ".dataset.json.*.tmp",
+    # Of a training run.
+    "starting": "config.json",
+    "saving": "checkpoints/.*.tmp/*.safetensors",
+    "saved": "checkpoints/????????/state.json",
 }
-"""Name to the file whose appearing is the point; globs over paths in the dataset."""
+"""Name to the file whose appearing is the point; globs over paths in the dataset or the run."""
 SHARD_POINTS = ("writing a tar", "tar without index", "writing an index", "index there")
 """Those in the life of one shard."""
 DRIVER_POINTS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import subprocess
 import tarfile
 import tempfile
@@ -109,6 +110,14 @@ def pair_cells() -> list[Cell]:
             due.pop(pair, None)
         cells.append(_cell(values))
     return cells
+
+
+def draw_cell(draw: random.Random) -> Cell:
+    """Any cell that can be made; the container is drawn first, each other property from what goes with those before it."""
+    values: dict[str, str] = {}
+    for name, choices in _ALL.items():
+        values[name] = draw.choice([one for one in choices if _container_for({**values, name: one})])
+    return _cell(values)
 
 
 def _pairs(values: dict[str, str], name: str, value: str, order: list[str]) -> Iterator[Any]:
