@@ -24,6 +24,7 @@ import docstring_parser
 import tyro
 
 from jobs.cluster import prepare_environment
+from jobs.paths import absolute_paths
 from jobs.result import JobResult
 from pipeline.errors import ConfigError, TokenreelError
 
@@ -186,7 +187,7 @@ def _take_name(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:
-    options = parse_options(name, argv)
+    options = absolute_paths(parse_options(name, argv))
     try:
         result: JobResult = importlib.import_module(_JOBS[name].module).run(options)
     except SystemExit as stop:  # as SIGTERM is answered, here and by Ray in its driver

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from jobs.paths import absolute_paths
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -30,8 +31,8 @@ def save_config(folder: Path, config: Any) -> Path:
 
 
 def to_text(config: Any) -> str:
-    """What stands in a `config.json`."""
-    return json.dumps(to_plain(config), indent=2) + "\n"
+    """What a `config.json` holds: absolute paths, so that it means the same in every folder."""
+    return json.dumps(to_plain(absolute_paths(config)), indent=2) + "\n"
 
 
 def load_config(path: Path, kind: type[T]) -> T:

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from jobs.config import CONFIG_NAME, to_plain, to_text
 from jobs.folder import lock_folder, work_folder
+from jobs.paths import PathOrUrl
 from jobs.progress import Progress
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput, Tracker
@@ -57,9 +58,9 @@ class DedupConfig:
     Of a group the longest sample stays, or its validation samples where it has some. What does not move is left alone.
     """
 
-    tokens: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
+    tokens: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
     """Token dataset: a path, or s3://, gs://, abfs://."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = ""
+    out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = ""
     """Folder to write to; by default `dedup` in the dataset's folder."""
     settings: Annotated[NearDuplicateConfig, tyro.conf.arg(name="")] = field(default_factory=NearDuplicateConfig)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.mlflow_store import probe_store, redact_uri, resolve_tracking_uri
+from jobs.paths import PathOrUrl
 from jobs.result import JobResult
 from pipeline.transcode import ENCODERS
 
@@ -63,7 +64,7 @@ _DEMUXERS = ["mov", "mp4", "3gp", "matroska", "webm", "avi", "ogg", "asf", "flv"
 class DoctorConfig:
     """What to look at."""
 
-    out: str = "."
+    out: PathOrUrl = "."
     """Folder or object-store URI where jobs will write; storage is tried there with one small file."""
     timeout_s: float = 9.0
     """Seconds all checks together may take; one that is slower is reported as such."""

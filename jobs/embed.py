@@ -15,6 +15,7 @@ from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.model_folder import load_model
+from jobs.paths import PathOrUrl
 from jobs.pretrain import PretrainConfig, check_tokenizer
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
@@ -36,11 +37,11 @@ class EmbedConfig:
     Run the same command again after a crash: finished shards stay, the others are made, on a CPU byte for byte the same.
     """
 
-    tokens: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
+    tokens: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
     """Token dataset, made by `tokenreel tokenize`; a path, or s3://, gs://, abfs://."""
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, made by `tokenreel pretrain`, or of its model."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the embedding dataset to; a path that all nodes share, or s3://, gs://, abfs://."""
     settings: Annotated[EmbedSettings, tyro.conf.arg(name="")] = field(default_factory=EmbedSettings)
     num_encoders: int = 0

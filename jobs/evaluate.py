@@ -22,6 +22,7 @@ from jobs.evaluation.label_probes import describe_labels, measure_labels
 from jobs.evaluation.probes import make_tasks, probe, read_views
 from jobs.folder import lock_folder
 from jobs.loop import seed_everything
+from jobs.paths import PathOrUrl
 from jobs.pretrain import PretrainConfig, check_tokenizer, draw_predictions, load_objective
 from jobs.result import JobResult
 from jobs.token_origin import original_frames
@@ -54,7 +55,7 @@ class EvaluateConfig:
     """Folder of a run, made by `tokenreel pretrain` or `tokenreel finetune`."""
     more_runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
     """Further fine-tuned runs, such as of the other official splits: each is tested, and the mean reported."""
-    tokens: str | None = None
+    tokens: PathOrUrl | None = None
     """Token dataset to measure on; by default the one that the run was trained on."""
     max_windows: int = 256
     """Windows, at most, that each figure of a pre-trained model is measured on."""

@@ -30,6 +30,7 @@ from jobs.evaluation.confusion import draw_confusion
 from jobs.evaluation.metrics import confusion_matrix
 from jobs.loop import Context, Fractions, LoopConfig, Precision, seed_everything
 from jobs.model_folder import add_mlflow_model, write_model
+from jobs.paths import PathOrUrl
 from jobs.pictures import save_picture
 from jobs.pretrain import PretrainConfig, check_tokenizer, load_objective
 from jobs.result import JobResult
@@ -74,7 +75,7 @@ class FinetuneConfig:
     Run the same command again after a crash: it continues from its last checkpoint with the same losses.
     """
 
-    tokens: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
+    tokens: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
     """Token dataset with labels, made by `tokenreel tokenize`; a path, or s3://, gs://, abfs://."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the run; the last model ends up in its model/."""

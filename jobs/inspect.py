@@ -17,6 +17,7 @@ import tyro
 
 from jobs.contact_sheet import Histogram, Row, Section, Strip, Table, write_contact_sheet
 from jobs.folder import work_folder
+from jobs.paths import PathOrUrl
 from jobs.result import JobResult
 from pipeline.dataset import DatasetMeta, read_index, read_meta, read_rejects
 from pipeline.decode import FrameConfig
@@ -62,7 +63,7 @@ class InspectConfig:
     bounds, static share, reconstructions beside the frames. Of embeddings: a map. Of all: rejects by class with their reasons.
     """
 
-    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    dataset: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """Clip, token or embedding dataset: a path, or s3://, gs://, abfs://."""
     page: Path | None = None
     """HTML file to write; by default inspect.html in the dataset's folder."""

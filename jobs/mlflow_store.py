@@ -33,8 +33,12 @@ _MLFLOW_ENV = {
 
 
 def resolve_tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or else a SQLite store `mlflow.db` in the working directory, as an absolute URI."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, or else a SQLite store `mlflow.db`; what it says relative to the working directory, absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///") and (path := uri.removeprefix("sqlite:///")):
+        return f"sqlite:///{Path(path).absolute()}"
+    is_path = ":" not in uri and not uri.startswith("databricks")
+    return str(Path(uri).absolute()) if is_path else uri
 
 
 def redact_uri(uri: str) -> str:

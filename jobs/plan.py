@@ -18,6 +18,7 @@ import tyro
 from jobs import cost
 from jobs.cluster import connect, count
 from jobs.config import to_plain
+from jobs.paths import PathOrUrl
 from jobs.planning import prediction
 from jobs.planning.estimate import Estimate, draw_videos
 from jobs.planning.fit import find_misfits
@@ -48,7 +49,7 @@ class PlanConfig:
     every CPU of the Ray cluster that RAY_ADDRESS names, or of this machine. Options are those of the stages.
     """
 
-    corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
+    corpus: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
     """As for `tokenreel shard`: a folder, a glob or a manifest; a path, or s3://, gs://, abfs://."""
     cluster: Path | None = None
     """SPEC: a .json or .toml file with the nodes to predict for and their prices; without one, the nodes that it runs on."""
@@ -59,7 +60,7 @@ class PlanConfig:
     --save` wrote."""
     recipe: str = ""
     """Pre-training recipe whose batch and cache shall fit the tokens. Its hours are not predicted."""
-    root: str = ""
+    root: PathOrUrl = ""
     """What a manifest's paths are relative to; as for `tokenreel shard`."""
     share: float = 0.01
     """Share of the videos that is measured."""

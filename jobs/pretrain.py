@@ -16,6 +16,7 @@ from jobs.checkpoint import list_checkpoints, load_ema, load_weights, read_curso
 from jobs.config import CONFIG_NAME, load_config
 from jobs.loop import Context, LoopConfig
 from jobs.model_folder import add_mlflow_model, load_model, write_model
+from jobs.paths import PathOrUrl
 from jobs.pictures import overlay_mask, save_png_grid
 from jobs.result import JobResult
 from jobs.token_origin import load_kept_tokenizer
@@ -44,7 +45,7 @@ class PretrainConfig:
     Run the same command again after a crash: it continues from its last checkpoint with the same losses.
     """
 
-    tokens: str
+    tokens: PathOrUrl
     """Token dataset, made by `tokenreel tokenize`; a path, or s3://, gs://, abfs://."""
     out: Path
     """Folder of the run; the model ends up in its model/."""

@@ -14,6 +14,7 @@ from jobs.cluster import connect
 from jobs.config import to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
+from jobs.paths import PathOrUrl
 from jobs.planning.prediction import read_prediction
 from jobs.result import JobResult
 from jobs.tracking import DatasetInput
@@ -33,13 +34,13 @@ class ShardConfig:
     Run the same command again after a crash: finished shards stay, the others are made, byte for byte the same.
     """
 
-    corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
+    corpus: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
     """Folder of videos, a glob ('videos/**/*.mp4'), or a manifest (.txt, .csv, .jsonl, .parquet) with a column 'video' and, as
     you have them, 'caption', 'label', 'split', 'start_s', 'end_s'; every other column is carried along. A path, or
     s3://, gs://, abfs://."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the dataset to: a path that all nodes share, or s3://, gs://, abfs://."""
-    root: str = ""
+    root: PathOrUrl = ""
     """What a manifest's paths are relative to, also https://; by default the manifest's folder. Nothing outside of it is
     read."""
     settings: Annotated[ShardSettings, tyro.conf.arg(name="")] = field(default_factory=ShardSettings)

@@ -17,6 +17,7 @@ from jobs.config import to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
 from jobs.frame_encoder import FrameEncoder
+from jobs.paths import PathOrUrl
 from jobs.planning.prediction import read_prediction
 from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER
@@ -42,9 +43,9 @@ class TokenizeConfig:
     Run the same command again after a crash: finished shards stay, the others are made, byte for byte the same.
     """
 
-    clips: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLIPS")]
+    clips: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="CLIPS")]
     """Clip dataset, made by `tokenreel shard`; a path, or s3://, gs://, abfs://."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the token dataset to; a path that all nodes share, or s3://, gs://, abfs://."""
     tokenizer: Path
     """Folder of a tokenizer, or of the run that trained or imported it."""

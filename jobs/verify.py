@@ -14,6 +14,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from jobs.config import CONFIG_NAME, from_plain
+from jobs.paths import PathOrUrl
 from jobs.progress import Progress
 from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER, load_kept_tokenizer, settings_of
@@ -52,7 +53,7 @@ class VerifyConfig:
     """Check a clip, token or embedding dataset: hashes, offsets, tar members, books, splits, duplicates, stale or foreign shards; with
     --re-encode also whether tokens are those of their clips."""
 
-    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    dataset: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """The dataset: a path, or s3://, gs://, abfs://."""
     repair: bool = False
     """Make the shards that fail again, from the same inputs by the command that the dataset keeps (config.json), and check

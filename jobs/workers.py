@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jobs.paths import PathOrUrl
 from pipeline.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ class WorkersConfig:
     after a preemption."""
     max_preemptions: int = 100
     """Times that workers may be told to stop (SIGTERM, a drained node) and the run goes on with others."""
-    mirror: str = ""
+    mirror: PathOrUrl = ""
     """Folder or URL (s3://, gs://, abfs://) that gets a copy of each checkpoint; a run whose own folder is lost goes on
     from there. With it, driver and workers need not share `out`. Empty for none."""
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 
+from jobs.paths import PathOrUrl
 from jobs.result import JobResult
 from pipeline.dataset import read_index, read_meta
 from pipeline.errors import ConfigError
@@ -40,7 +41,7 @@ class BenchLayoutConfig:
     together where the layout allows it, as a loader could do.
     """
 
-    tokens: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
+    tokens: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
     """Token dataset: a path, or s3://, gs://, abfs://."""
     window_frames: int = 5
     """Frames of a window."""
