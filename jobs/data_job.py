@@ -198,7 +198,10 @@ class DataJob:
                 f"--retry-rejects {INTERNAL} tries them again"
             )
             log.error(f"{self._job}: {figures['error']}")
-        shown = {**{name: value for name, value in totals.items() if name not in ledger.to_json()}, **figures}
+        shown = {
+            **{name: value for name, value in totals.items() if name not in {*ledger.to_json(), "tars"}},
+            **figures,
+        }
         result = result_of_books(self._job, self.out.url, ledger, status, **shown)
         result.fingerprint = self.meta.fingerprint
         result.elapsed_s = time.monotonic() - self._started_s

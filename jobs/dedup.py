@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ from pipeline.near_duplicates import (
     find_candidates,
     stride_of,
 )
-from pipeline.shards import read_payload, shard_name
+from pipeline.shards import read_payload
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
@@ -198,17 +199,19 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
 
 
 def _stream(store: Store, index: pa.Table, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and codes (t h w) of these rows of `index`, in its order, each shard opened once."""
-    shards, offsets, sizes = (index[name].to_numpy()[samples] for name in ("shard", "offset", "size"))
+    """Number and codes (t h w) of these rows of `index`, in its order, each tar opened once."""
+    shards, tars, offsets, sizes = (index[name].to_numpy()[samples] for name in ("shard", "tar", "offset", "size"))
     shapes = np.stack([index[name].to_numpy()[samples] for name in ("num_frames", "height", "width")], axis=1)
     for shard in np.unique(shards).tolist():
-        with store.open(shard_name(shard)) as file:
-            for place in np.flatnonzero(shards == shard).tolist():
-                data = os.pread(file.fileno(), int(sizes[place]), int(offsets[place]))
+        places = np.flatnonzero(shards == shard).tolist()
+        with ExitStack() as stack:
+            files = {tar: stack.enter_context(store.open(tar)) for tar in set(tars[places])}
+            for place in places:
+                data = os.pread(files[tars[place]].fileno(), int(sizes[place]), int(offsets[place]))
                 if len(data) != sizes[place]:
                     key = index["key"][int(samples[place])].as_py()
                     raise DatasetError(
-                        f"{store.where(shard_name(shard))}: sample {key} is cut off; run `tokenreel verify {store}`"
+                        f"{store.where(tars[place])}: sample {key} is cut off; run `tokenreel verify {store}`"
                     )
                 yield int(samples[place]), np.frombuffer(data, "<u2").reshape(shapes[place])
 

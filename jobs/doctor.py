@@ -29,6 +29,7 @@ from typing import Literal
 from jobs.mlflow_store import probe_store, redact_uri, resolve_tracking_uri
 from jobs.paths import PathOrUrl
 from jobs.result import JobResult
+from pipeline.ffmpeg import identity
 from pipeline.transcode import ENCODERS
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,8 @@ def _check_ffmpeg() -> list[Check]:
         match = re.search(r"version n?(\d+)\.(\d+)", first)
         old = match is not None and (int(match[1]), int(match[2])) < _MIN_FFMPEG
         detail = f"{first.split(' Copyright')[0]} at {path}"
+        if tool == "ffmpeg" and shutil.which("ffprobe"):
+            detail += f"; datasets made here have decoder = {identity()}"
         checks.append(Check(name=tool, status="warn" if old else "ok", detail=detail, advice=install if old else ""))
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:

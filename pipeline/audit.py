@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.encoding import Encode, Piece, encode_pieces
 from pipeline.errors import DatasetError, TransientIO
 from pipeline.schema import Reject
-from pipeline.shards import read_payload, read_shard_info, read_shard_rows, shard_name
+from pipeline.shards import read_payload, read_shard_info, read_shard_rows
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
 from pipeline.verify import Problem
@@ -175,4 +175,4 @@ def _shape(codes: np.ndarray) -> str:
 
 
 def _name(tokens: Store, row: dict[str, Any]) -> str:
-    return f"{tokens.where(shard_name(row['shard']))}: sample {row['key']} of {row['source']}"
+    return f"{tokens.where(row['tar'])}: sample {row['key']} of {row['source']}"

@@ -1,4 +1,4 @@
-"""A dataset in a folder: `dataset.json`, tar shards, a Parquet index and rejects. What one shard is stands in `shards`."""
+"""A dataset in a folder: `dataset.json`, tar shards, lists of them, a Parquet index and rejects. What one shard is stands in `shards`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.parquet import parse_parquet
 from pipeline.plan_file import PLAN_NAME
-from pipeline.schema import READABLE_VERSIONS, SCHEMA_VERSION, Reject
-from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, add_new_columns, index_name, read_shard_info
+from pipeline.schema import READABLE_VERSIONS, SCHEMA_VERSION, SPLITS, Reject
+from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_columns, read_shard_info, tar_name
 from pipeline.storage import Store
 
 _META = "dataset.json"
@@ -41,7 +41,11 @@ Place = Store | Path | str
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetMeta:
-    """What `dataset.json` holds. `totals` is None until the job that writes the dataset has finished."""
+    """What `dataset.json` holds.
+
+    decoder: `ffmpeg.identity` of the machines that made it; "" where none is needed, and in format 3, which did not say it.
+    totals: None until the job that writes the dataset has finished.
+    """
 
     kind: str
     fingerprint: str
@@ -50,6 +54,7 @@ class DatasetMeta:
     inputs_digest: str
     num_shards: int
     extra: dict[str, Any]
+    decoder: str = ""
     totals: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -223,10 +228,31 @@ def finish(place: Place, meta: DatasetMeta, plan_books: Ledger) -> tuple[Dataset
     ledger = sum((info.ledger for info in shards.values()), plan_books)
     ledger.check()
     finished = replace(meta, totals={**ledger.to_json(), **_sum_totals([shards[number] for number in sorted(shards)])})
-    _remove_leftovers(store, _PARTS)  # of workers that were killed, and whose shards others made
+    if meta.kind != "embeddings":
+        _write_splits(store, finished)
+    _remove_leftovers(store, (*_PARTS, "splits"))  # of workers that were killed, and whose shards others made
     if finished != meta:
         write_meta(store, finished)
     return finished, ledger
+
+
+def split_name(split: str) -> str:
+    """The file that lists the tars of a split, relative to the dataset, one a line."""
+    return f"splits/{split}.txt"
+
+
+def list_split(meta: DatasetMeta, split: str) -> str:
+    """What that file holds for a finished dataset; "" where the split does not occur, and there is no file."""
+    return "".join(f"{tar_name(shard, split)}\n" for shard in (meta.totals or {}).get("tars", {}).get(split, ()))
+
+
+def _write_splits(store: Store, meta: DatasetMeta) -> None:
+    for split in SPLITS:
+        wanted = list_split(meta, split).encode()
+        if not wanted:
+            store.remove(split_name(split))
+        elif not store.exists(split_name(split)) or store.read(split_name(split)) != wanted:
+            store.write(split_name(split), wanted)
 
 
 def _remove_leftovers(store: Store, parts: Iterable[str]) -> None:
@@ -247,6 +273,8 @@ def _sum_totals(shards: list[ShardInfo]) -> dict[str, Any]:
         "tar_bytes": sum(info.tar_bytes for info in shards),
         "content": digest_contents(info.content for info in shards),
     }
+    tars = {split: [info.shard for info in shards if split in info.tars] for split in SPLITS}
+    totals["tars"] = {split: numbers for split, numbers in tars.items() if numbers}
     for name in ("videos", "frames", "payload_bytes"):
         totals[name] = sum(info.totals[name] for info in shards)
     totals["hours"] = round(sum(info.totals["seconds"] for info in shards) / 3600, 6)
@@ -258,21 +286,21 @@ def _sum_totals(shards: list[ShardInfo]) -> dict[str, Any]:
 
 
 def read_index(place: Place, columns: list[str] | None = None) -> pa.Table:
-    """All index rows in the order of shards and keys, with a column `shard` (int32) added."""
+    """All index rows in the order of shards and keys: `columns` (all by default), `shard` (int32) and, but for embeddings, `tar`,
+    the file that holds the sample (a dictionary of strings)."""
     store = Store.at(place)
-
-    def read(shard: int) -> pa.Table:
-        table = add_new_columns(parse_parquet(store.read(index_name(shard)), columns), columns)
-        return table.replace_schema_metadata(None).append_column(
-            "shard", pa.repeat(pa.scalar(shard, pa.int32()), len(table))
-        )
-
     numbers = listed_shards(store)
     if not numbers:
-        schema = INDEX_SCHEMAS[read_meta(store).kind].append(pa.field("shard", pa.int32()))
-        return schema.empty_table().select([*columns, "shard"] if columns else schema.names)
+        kind = read_meta(store).kind
+        schema = INDEX_SCHEMAS[kind]
+        added = {
+            "shard": pa.int32(),
+            **({} if kind == "embeddings" else {"tar": pa.dictionary(pa.int32(), pa.string())}),
+        }
+        fields = [schema.field(name) for name in (columns or schema.names)]
+        return pa.schema([*fields, *added.items()]).empty_table()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return pa.concat_tables(pool.map(read, numbers))
+        return pa.concat_tables(pool.map(lambda shard: read_shard_columns(store, shard, columns)[1], numbers))
 
 
 def read_rejects(place: Place) -> Iterator[Reject]:
@@ -298,6 +326,8 @@ def _differences(
         f"setting {name} = {old!r} (now {new!r})"
         for name, old, new in config_differences(existing.config, wanted.config)
     ]
+    if existing.decoder != wanted.decoder:
+        parts.append(f"decoder = {existing.decoder} (now {wanted.decoder})")
     if existing.parent_fingerprint != wanted.parent_fingerprint:
         parts.append(f"parent dataset {existing.parent_fingerprint} (now {wanted.parent_fingerprint})")
     if existing.inputs_digest != wanted.inputs_digest:

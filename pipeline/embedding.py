@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Protocol
 
@@ -26,7 +27,6 @@ from pipeline.shards import (
     read_shard_info,
     read_shard_rows,
     rejects_name,
-    shard_name,
     to_parquet,
     write_rejects,
 )
@@ -118,8 +118,9 @@ def write_embedding_shard(
     rejects: list[Reject] = []
     rows: list[dict[str, Any]] = []
     values: list[np.ndarray] = []
-    with tokens.open(shard_name(shard)) as file:
-        for sample, starts, vectors in _embed_samples(file, samples, rejects, embed, settings):
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(tokens.open(name)) for name in {sample["tar"] for sample in samples}}
+        for sample, starts, vectors in _embed_samples(files, samples, rejects, embed, settings):
             try:
                 made = _rows(sample, starts, vectors, embed, settings)
             except Exception as error:
@@ -146,7 +147,11 @@ def vectors_of(table: pa.Table) -> np.ndarray:
 
 
 def _embed_samples(
-    file: IO[bytes], samples: list[dict[str, Any]], rejects: list[Reject], embed: Embed, settings: EmbedSettings
+    files: dict[str, IO[bytes]],
+    samples: list[dict[str, Any]],
+    rejects: list[Reject],
+    embed: Embed,
+    settings: EmbedSettings,
 ) -> Iterator[tuple[dict[str, Any], list[int], np.ndarray]]:
     """(sample, first frame of each window, vectors (windows d)) of each sample in order; windows of many share a batch.
 
@@ -166,7 +171,7 @@ def _embed_samples(
 
     for sample in samples:
         try:
-            codes = _read_codes(file, sample)
+            codes = _read_codes(files[sample["tar"]], sample)
             starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride or embed.window[0]))
             cut = [_cut(codes, start, embed) for start in starts]
         except Exception as error:
@@ -286,7 +291,8 @@ def _commit(
         row["sha256"] = hash_vector(vector)
     info = ShardInfo(
         fingerprint=dataset_fingerprint,
-        tar_bytes=0,
+        shard=shard,
+        tars={},
         content=digest_rows(rows),
         parent_content=parent_content,
         ledger=ledger,

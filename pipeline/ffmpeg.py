@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import hashlib
 import math
 import os
 import re
 import resource
 import selectors
+import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -58,6 +62,46 @@ class FfmpegLimits:
         for name in self.__slots__:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"limits.{name} = {getattr(self, name)}: must be more than 0, and finite")
+
+
+def identity() -> str:
+    """Program, version and build (a digest of configuration and libraries) of the ffmpeg in PATH, and of ffprobe where that is of
+    another build: what decides the pixels of a decoded frame, beside the video and our options.
+
+    Raises:
+        ConfigError: one of them is not installed, or does not run.
+    """
+    builds = {program: _build_of(shutil.which(program) or program) for program in ("ffmpeg", "ffprobe")}
+    programs = ("ffmpeg",) if len(set(builds.values())) == 1 else tuple(builds)
+    return ", ".join(f"{program} {builds[program]}" for program in programs)
+
+
+def require_identity(wanted: str) -> None:
+    """Raise `ConfigError` unless this machine has the ffmpeg that a dataset is made with."""
+    if (own := identity()) != wanted:
+        raise ConfigError(
+            f"{socket.gethostname()} has {own}; the job that makes this dataset has {wanted}, and another one may decode other "
+            "pixels. Install the same ffmpeg on every node, as one container image does, and run the same command again"
+        )
+
+
+@functools.lru_cache
+def _build_of(program: str) -> str:
+    try:
+        said = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except FileNotFoundError:
+        raise _not_installed(program) from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"{program} -version failed: {error}; install another ffmpeg") from error
+    first, *lines = said.splitlines() or [""]
+    # What compiled it, and when, says less than what it was made of.
+    made_of = [line for line in lines if re.match(r"configuration:|lib\w+ +\d", line)]
+    digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
+    return f"{first.split(' version ')[-1].split(' Copyright')[0]} (build {digest})"
+
+
+def _not_installed(program: str) -> ConfigError:
+    return ConfigError(f"{program} is not installed; install ffmpeg (Debian: apt-get install ffmpeg)")
 
 
 def input_options(limits: FfmpegLimits) -> dict[str, str | int]:
@@ -199,8 +243,7 @@ class Process:
         except BaseException as error:
             self._end()
             if isinstance(error, FileNotFoundError):
-                message = f"{args[0]} is not installed; install ffmpeg (Debian: apt-get install ffmpeg)"
-                raise ConfigError(message) from None
+                raise _not_installed(args[0]) from None
             raise
         for pipe in self._pipes:
             pipe.close_write()

@@ -20,10 +20,9 @@ from pipeline.keep_list import keep_list_digest, read_keep_list
 from pipeline.node_cache import NodeCache, default_folder
 from pipeline.order import GlobalOrder, draw_seeds, hash_keys
 from pipeline.quality import QualityThresholds, keep_mask
-from pipeline.sample_index import open_index
+from pipeline.sample_index import name_tar, open_index
 from pipeline.schema import Split, TokenBatch
 from pipeline.shard_files import open_shard_files
-from pipeline.shards import shard_name
 from pipeline.storage import Store
 
 _BLOCKS_AHEAD = 2
@@ -299,16 +298,16 @@ class WindowReader:
             filled = counts[place] * h * w
             windows[place, filled:] = self._pad
             targets[place] = windows[place, :filled]
-        order = np.argsort(rows["shard"], kind="stable")
+        order = np.argsort(rows["tar"], kind="stable")
         opened = descriptor = -1
-        for place, shard, offset in zip(
-            order.tolist(), rows["shard"][order].tolist(), offsets[order].tolist(), strict=True
+        for place, tar, offset in zip(
+            order.tolist(), rows["tar"][order].tolist(), offsets[order].tolist(), strict=True
         ):
-            if shard != opened:
-                opened, descriptor = shard, self.files.open(shard)
+            if tar != opened:
+                opened, descriptor = tar, self.files.open(tar)
             if os.preadv(descriptor, [targets[place]], offset) != targets[place].nbytes:
                 raise DatasetError(
-                    f"{self._store.where(shard_name(shard))}: sample {rows['key'][place].decode()} is cut off; run "
+                    f"{self._store.where(name_tar(tar))}: sample {rows['key'][place].decode()} is cut off; run "
                     f"`tokenreel verify {self._store}`"
                 )
         return windows.reshape(len(samples), span, h, w)[:, ::stride]

@@ -13,7 +13,8 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -23,14 +24,16 @@ import pyarrow.compute as pc
 from pipeline.dataset import DatasetMeta, digest_contents, listed_shards
 from pipeline.errors import DatasetError
 from pipeline.node_cache import NodeCache
-from pipeline.schema import fingerprint
-from pipeline.shards import ShardInfo, read_shard_columns
+from pipeline.schema import SPLITS, fingerprint
+from pipeline.shards import ShardInfo, read_shard_columns, tar_name
 from pipeline.storage import Store
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_KEY_BYTES = 48
-ROW = np.dtype([("key", f"S{_MAX_KEY_BYTES}"), ("offset", "<i8"), ("num_frames", "<i4"), ("shard", "<i4")])
-"""A sample: its key, where its payload begins in the tar of its shard, its length. One cache line."""
+ROW = np.dtype([("key", f"S{_MAX_KEY_BYTES}"), ("offset", "<i8"), ("num_frames", "<i4"), ("tar", "<i4")])
+"""A sample: its key, where its payload begins in its tar, its length, and which tar that is. One cache line."""
+_TARS_A_SHARD = 4
+_SPLIT_OF_TAR = ("", *SPLITS)
 _COLUMNS = ("key", "offset", "num_frames", "height", "width")
 _READ_THREADS = 8
 _REMOTE_READ_THREADS = 32
@@ -41,13 +44,20 @@ Select = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IndexedShard:
-    """A shard of the dataset; `num_samples` of it are selected, `content` is its index's."""
+class IndexedTar:
+    """A tar of the dataset, of one split ("": of all of them, in format 3); `num_samples` of it are selected, `content` is what the
+    index of its shard says."""
 
-    number: int
+    shard: int
+    split: str
     num_samples: int
     tar_bytes: int
     content: str
+
+    @property
+    def number(self) -> int:
+        """What the rows call it."""
+        return self.shard * _TARS_A_SHARD + _SPLIT_OF_TAR.index(self.split)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)
@@ -55,19 +65,18 @@ class SampleIndex:
     """The selected samples of a dataset, in the order of shards and keys.
 
     rows: (n,) of `ROW`, mapped; a read touches the pages of the rows that it names.
+    tars: all of the dataset, in the order of shards.
     grids: the (height, width) that occur, sorted.
     """
 
     rows: np.ndarray
-    shards: tuple[IndexedShard, ...]
+    tars: tuple[IndexedTar, ...]
     grids: tuple[tuple[int, int], ...]
 
     @property
     def shard_of_each(self) -> np.ndarray:
         """(n,) int32 shard of each sample, non-decreasing; made without touching the rows."""
-        return np.repeat(
-            np.array([shard.number for shard in self.shards], np.int32), [shard.num_samples for shard in self.shards]
-        )
+        return np.repeat(np.array([tar.shard for tar in self.tars], np.int32), [tar.num_samples for tar in self.tars])
 
 
 def open_index(
@@ -94,8 +103,8 @@ def open_index(
         format=_FORMAT, url=store.url, dataset=meta.fingerprint, content=meta.content, selection=dict(selection)
     )
     wanted = list(dict.fromkeys((*_COLUMNS, *columns)))
-    # The rows that were committed are the most that can be selected; a shard is described in less than 200 bytes.
-    most = int((meta.totals or {}).get("committed", 0)) * ROW.itemsize + meta.num_shards * 200 + 4096
+    # The rows that were committed are the most that can be selected; the tars of a shard are described in less than 400 bytes.
+    most = int((meta.totals or {}).get("committed", 0)) * ROW.itemsize + meta.num_shards * 400 + 4096
     descriptor = cache.open(
         f"index/{identity}",
         most,
@@ -108,7 +117,8 @@ def open_index(
 
 
 def _build(file: IO[bytes], store: Store, meta: DatasetMeta, select: Select, columns: list[str]) -> None:
-    shards: list[IndexedShard] = []
+    tars: list[IndexedTar] = []
+    contents: list[str] = []
     grids: set[tuple[int, int]] = set()
     numbers = listed_shards(store)
     with ThreadPoolExecutor(_READ_THREADS if store.is_local else _REMOTE_READ_THREADS, "index") as pool:
@@ -118,26 +128,22 @@ def _build(file: IO[bytes], store: Store, meta: DatasetMeta, select: Select, col
             table = select(pa.concat_tables([table for _, table in read]))
             rows = _to_rows(store, table)
             file.write(rows.tobytes())
-            counts = dict(zip(*(found.tolist() for found in np.unique(rows["shard"], return_counts=True)), strict=True))
+            counts = dict(zip(*(found.tolist() for found in np.unique(rows["tar"], return_counts=True)), strict=True))
             for shard, (info, _) in zip(part, read, strict=True):
-                shards.append(
-                    IndexedShard(
-                        number=shard,
-                        num_samples=counts.get(shard, 0),
-                        tar_bytes=info.tar_bytes,
-                        content=info.content,
-                    )
-                )
+                contents.append(info.content)
+                for split, size in info.tars.items():
+                    tar = IndexedTar(shard=shard, split=split, num_samples=0, tar_bytes=size, content=info.content)
+                    tars.append(replace(tar, num_samples=counts.get(tar.number, 0)))
             sides = table.group_by(["height", "width"]).aggregate([])
             grids |= set(zip(sides["height"].to_pylist(), sides["width"].to_pylist(), strict=True))
-    if digest_contents(shard.content for shard in shards) != meta.content:
+    if digest_contents(contents) != meta.content:
         raise DatasetError(
             f"{store}: its index files are not those that dataset.json sums up; it is being written, or that was broken "
             "off: run the command that writes it again"
         )
     tail = json.dumps(
         {
-            "shards": [[shard.number, shard.num_samples, shard.tar_bytes, shard.content] for shard in shards],
+            "tars": [[tar.shard, tar.split, tar.num_samples, tar.tar_bytes, tar.content] for tar in tars],
             "grids": sorted(grids),
         },
         separators=(",", ":"),
@@ -153,7 +159,7 @@ def _read(store: Store, meta: DatasetMeta, shard: int, columns: list[str]) -> tu
             f"{store}: the index of shard {shard:06d} belongs to dataset {info.fingerprint}, not to {meta.fingerprint}; "
             "run the command that writes it again"
         )
-    return info, table.append_column("shard", pa.repeat(pa.scalar(shard, pa.int32()), len(table)))
+    return info, table
 
 
 def _to_rows(store: Store, table: pa.Table) -> np.ndarray:
@@ -165,20 +171,37 @@ def _to_rows(store: Store, table: pa.Table) -> np.ndarray:
     if (longest := pc.max(pc.binary_length(keys)).as_py()) > _MAX_KEY_BYTES:
         raise DatasetError(f"{store}: a key of {longest} bytes; at most {_MAX_KEY_BYTES}, in ASCII, can be loaded")
     rows["key"] = np.frombuffer(keys.buffers()[2], f"S{_MAX_KEY_BYTES}", len(keys))
-    for name in ("offset", "num_frames", "shard"):
+    for name in ("offset", "num_frames"):
         rows[name] = table[name].to_numpy()
+    rows["tar"] = _tar_numbers(table)
     return rows
+
+
+def _tar_numbers(table: pa.Table) -> np.ndarray:
+    """(n,) the number of the tar of each row."""
+    tars = table["tar"].unify_dictionaries().combine_chunks()
+    numbers = []
+    for name in tars.dictionary.to_pylist():
+        split, _, shard = Path(name).stem.rpartition("-")
+        numbers.append(int(shard) * _TARS_A_SHARD + _SPLIT_OF_TAR.index(split))
+    return np.array(numbers, np.int32)[tars.indices.to_numpy()]
+
+
+def name_tar(number: int) -> str:
+    """The file in the dataset that rows call `number`."""
+    shard, place = divmod(number, _TARS_A_SHARD)
+    return tar_name(shard, _SPLIT_OF_TAR[place])
 
 
 def _map(descriptor: int) -> SampleIndex:
     size = os.fstat(descriptor).st_size
     tail_bytes = int.from_bytes(os.pread(descriptor, _TAIL_BYTES, size - _TAIL_BYTES), "little")
     tail = json.loads(os.pread(descriptor, tail_bytes, size - _TAIL_BYTES - tail_bytes))
-    shards = tuple(
-        IndexedShard(number=number, num_samples=num_samples, tar_bytes=tar_bytes, content=content)
-        for number, num_samples, tar_bytes, content in tail["shards"]
+    tars = tuple(
+        IndexedTar(shard=shard, split=split, num_samples=num_samples, tar_bytes=tar_bytes, content=content)
+        for shard, split, num_samples, tar_bytes, content in tail["tars"]
     )
     num_rows = (size - _TAIL_BYTES - tail_bytes) // ROW.itemsize
     with os.fdopen(os.dup(descriptor), "rb") as file:
         rows = np.memmap(file, ROW, "r", shape=(num_rows,)) if num_rows else np.empty(0, ROW)
-    return SampleIndex(rows=rows, shards=shards, grids=tuple((height, width) for height, width in tail["grids"]))
+    return SampleIndex(rows=rows, tars=tars, grids=tuple((height, width) for height, width in tail["grids"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ _IDENTITY_VERSION = 3
 
 Split = Literal["train", "val", "test"]
 """test comes from manifests alone: nothing draws it, trains on it or chooses a model by it."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 REJECT_CLASSES = (
     "bad-row",  # a manifest row that cannot be an input

@@ -6,43 +6,43 @@ import hashlib
 import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from pipeline.dataset import DatasetMeta
 from pipeline.errors import ConfigError, DatasetError, TokenreelError
 from pipeline.node_cache import CacheFull, NodeCache
-from pipeline.sample_index import IndexedShard, SampleIndex
+from pipeline.sample_index import IndexedTar, SampleIndex, name_tar
 from pipeline.schema import fingerprint
-from pipeline.shards import read_shard_columns, shard_name
+from pipeline.shards import read_shard_columns
 from pipeline.storage import RemoteStore, Store
 
 log = logging.getLogger(__name__)
-_MAX_OPEN_SHARDS = 256
+_MAX_OPEN_TARS = 256
 _ATTEMPTS = 3
 _FETCH_THREADS = 4
 _ROOM_TIMEOUT_S = 300.0
 
 
 class ShardFiles:
-    """Descriptors of the shards that are read, those used last kept open."""
+    """Descriptors of the tars that are read, those used last kept open. Tars go by their numbers in the index."""
 
     reads_ahead = False
     """Whether a plan makes a difference."""
 
-    def __init__(self, open_shard: Callable[[int], int]) -> None:
-        self._open_shard = open_shard
+    def __init__(self, open_tar: Callable[[int], int]) -> None:
+        self._open_tar = open_tar
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def open(self, shard: int) -> int:
-        """A descriptor of the tar of `shard`; it stays good until the next call."""
-        if shard not in self._open:
-            while len(self._open) >= _MAX_OPEN_SHARDS:
+    def open(self, tar: int) -> int:
+        """A descriptor of a tar; it stays good until the next call."""
+        if tar not in self._open:
+            while len(self._open) >= _MAX_OPEN_TARS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = self._open_shard(shard)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+            self._open[tar] = self._open_tar(tar)
+        self._open.move_to_end(tar)
+        return self._open[tar]
 
     def plan(self, blocks: Sequence[Sequence[int]]) -> None:
         """Hear which shards are read next, block by block, in the order of their first use."""
@@ -57,9 +57,9 @@ class ShardFiles:
 
 
 class CachedShards(ShardFiles):
-    """Shards of an object store, fetched into the node's cache ahead of their use and checked against their index.
+    """Tars of an object store, fetched into the node's cache ahead of their use and checked against their index.
 
-    A shard counts as fetched when it has the length that its index says and every payload has its SHA-256; else it is
+    A tar counts as fetched when it has the length that its index says and every payload has its SHA-256; else it is
     fetched again, `_ATTEMPTS` times in all. The workers of a node share the work: each fetches what no other is fetching.
 
     Args:
@@ -75,7 +75,13 @@ class CachedShards(ShardFiles):
         self, store: Store, meta: DatasetMeta, index: SampleIndex, cache: NodeCache, shards_per_block: int
     ) -> None:
         super().__init__(self._open_cached)
-        largest = sorted((shard.tar_bytes for shard in index.shards if shard.num_samples), reverse=True)
+        self._tars = {tar.number: tar for tar in index.tars if tar.num_samples}
+        self._tars_of: dict[int, list[int]] = defaultdict(list)
+        of_shards: Counter[int] = Counter()
+        for number, tar in self._tars.items():
+            self._tars_of[tar.shard].append(number)
+            of_shards[tar.shard] += tar.tar_bytes
+        largest = sorted(of_shards.values(), reverse=True)
         needed = sum(largest[:shards_per_block]) + index.rows.nbytes
         if needed > cache.max_bytes:
             raise ConfigError(
@@ -85,37 +91,36 @@ class CachedShards(ShardFiles):
             )
         assert isinstance(store, RemoteStore)
         self._store, self._cache = store, cache
-        self._shards = {shard.number: shard for shard in index.shards}
         self._folder = fingerprint(dataset=meta.fingerprint, content=meta.content)
         self._planned: list[int] = []
 
     def plan(self, blocks: Sequence[Sequence[int]]) -> None:
-        planned = [shard for block in blocks for shard in block]
+        planned = [tar for block in blocks for shard in block for tar in self._tars_of[shard]]
         self._planned = planned
         for _ in range(_FETCH_THREADS):
             # Daemons: a worker that has trained its last step must not wait for shards that nobody will read.
             threading.Thread(target=self._fetch_planned, args=(planned,), name="fetch", daemon=True).start()
-        for shard in self._open.keys() - set(planned):
-            os.close(self._open.pop(shard))
+        for tar in self._open.keys() - set(planned):
+            os.close(self._open.pop(tar))
 
     def _fetch_planned(self, planned: list[int]) -> None:
-        spared = {self._name(shard) for shard in planned}
-        for shard in planned:
+        spared = {self._name(tar) for tar in planned}
+        for tar in planned:
             if self._planned is not planned:  # a newer plan has its own threads
                 return
             try:
-                self._cache.fetch(self._name(shard), self._shards[shard].tar_bytes, self._make(shard), spared=spared)
+                self._cache.fetch(self._name(tar), self._tars[tar].tar_bytes, self._make(tar), spared=spared)
             except CacheFull:
                 return  # the rest follows with the next plan, when these have been read
             except (TokenreelError, OSError) as error:
-                log.warning("fetching shard %06d ahead of its use failed, and is tried again then: %s", shard, error)
+                log.warning("fetching %s ahead of its use failed, and is tried again then: %s", name_tar(tar), error)
 
-    def _open_cached(self, shard: int) -> int:
-        name, size, make = self._name(shard), self._shards[shard].tar_bytes, self._make(shard)
+    def _open_cached(self, tar: int) -> int:
+        name, size, make = self._name(tar), self._tars[tar].tar_bytes, self._make(tar)
         try:
             found = self._cache.open(name, size, make)
         except CacheFull:
-            self.release()  # maybe these are what fills it; no two shards are needed at a time
+            self.release()  # maybe these are what fills it; no two tars are needed at a time
             found = self._cache.open(name, size, make, timeout_s=_ROOM_TIMEOUT_S)
         if os.fstat(found).st_size == size:
             return found
@@ -124,11 +129,11 @@ class CachedShards(ShardFiles):
         self._cache.discard(name)
         return self._cache.open(name, size, make, timeout_s=_ROOM_TIMEOUT_S)
 
-    def _name(self, shard: int) -> str:
-        return f"{self._folder}/{shard:06d}.tar"
+    def _name(self, tar: int) -> str:
+        return f"{self._folder}/{name_tar(tar).rpartition('/')[2]}"
 
-    def _make(self, shard: int) -> Callable[[IO[bytes]], None]:
-        return lambda file: fetch_shard(self._store, self._shards[shard], file)
+    def _make(self, tar: int) -> Callable[[IO[bytes]], None]:
+        return lambda file: fetch_tar(self._store, self._tars[tar], file)
 
 
 def open_shard_files(
@@ -137,25 +142,26 @@ def open_shard_files(
     """The tars of the dataset at `store`."""
     if not store.is_local:
         return CachedShards(store, meta, index, cache, shards_per_block)
-    return ShardFiles(lambda shard: os.open(store.path(shard_name(shard)), os.O_RDONLY | os.O_CLOEXEC))
+    return ShardFiles(lambda tar: os.open(store.path(name_tar(tar)), os.O_RDONLY | os.O_CLOEXEC))
 
 
-def fetch_shard(store: RemoteStore, shard: IndexedShard, file: IO[bytes]) -> None:
-    """Fill `file` with the tar of `shard`, every payload checked against its index.
+def fetch_tar(store: RemoteStore, tar: IndexedTar, file: IO[bytes]) -> None:
+    """Fill `file` with a tar, every payload checked against its index.
 
     Raises:
         DatasetError: the bytes in the store are not those that the index describes, or both have changed.
     """
-    info, rows = read_shard_columns(store, shard.number, ["key", "offset", "size", "sha256"])
-    where = store.where(shard_name(shard.number))
-    if info.content != shard.content:
+    name = name_tar(tar.number)
+    info, table = read_shard_columns(store, tar.shard, ["key", "offset", "size", "sha256"])
+    rows, where = [row for row in table.to_pylist() if row["tar"] == name], store.where(name)
+    if info.content != tar.content:
         raise DatasetError(
             f"{where}: the dataset was changed while it is being read; start again with the same command"
         )
     trouble = ""
     for attempt in range(1, _ATTEMPTS + 1):
-        store.fetch(shard_name(shard.number), file, None)
-        trouble = _find_damage(file.fileno(), shard.tar_bytes, rows.to_pylist())
+        store.fetch(name, file, None)
+        trouble = _find_damage(file.fileno(), tar.tar_bytes, rows)
         if not trouble:
             return
         log.warning("%s: attempt %d: %s", where, attempt, trouble)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Literal
 
+from pipeline import ffmpeg
 from pipeline.clips import ClipConfig
 from pipeline.cut import Cut
 from pipeline.cutting import check_storage, cut_video, needs_check
@@ -25,7 +26,7 @@ from pipeline.planning import ShardPlan
 from pipeline.probe import VideoInfo, probe
 from pipeline.quality import QualityConfig
 from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, identify_dataset
-from pipeline.shards import PLACE, ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name, shard_name
+from pipeline.shards import ADDED, PLACE, ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name
 from pipeline.storage import LOCAL_TROUBLE, Store
 from pipeline.transcode import TranscodeConfig
 
@@ -79,17 +80,20 @@ def describe_clips(plan: ShardPlan, config: dict[str, Any]) -> DatasetMeta:
     """The identity of the clip dataset that `plan` and `config` (the settings as plain JSON) make.
 
     Inputs count by path, size and modification time: a changed file is found without reading the corpus again. The
-    limits are no part of it: they decide only what is refused, so rejects can be retried under others.
+    limits are no part of it: they decide only what is refused, so rejects can be retried under others. This machine's ffmpeg
+    is: where it differs, so may every cut, score and coded frame.
     """
     config = {name: value for name, value in config.items() if name != "limits"}
+    decoder = ffmpeg.identity()
     return DatasetMeta(
         kind="clips",
-        fingerprint=identify_dataset(kind="clips", inputs=plan.inputs_digest, config=config),
+        fingerprint=identify_dataset(kind="clips", inputs=plan.inputs_digest, config=config, decoder=decoder),
         config=config,
         parent_fingerprint="",
         inputs_digest=plan.inputs_digest,
         num_shards=plan.num_shards,
         extra={"corpus": Store.at(plan.root).name},
+        decoder=decoder,
     )
 
 
@@ -221,7 +225,8 @@ class _Item:
                     )
                 )  # fmt: skip
             else:
-                payload_digest = self._writer.add_file(cut.clip or file, cut.ext, describe)
+                split = ref.split or "train"
+                payload_digest = self._writer.add_file(cut.clip or file, cut.ext, describe, split=split)
                 self.keys.add(key_of((digest() if digest else payload_digest)[:16]))
         except Exception as error:
             self.rejects.append(_reject(ref.path, as_bad_video(error), key))
@@ -238,13 +243,16 @@ class _Previous:
         if store.exists(rejects_name(shard)):
             for reject in read_rejects_file(store, rejects_name(shard)):
                 self._rejects[reject.path].append(reject)
-        self._tar = store.open(shard_name(shard))
+        with ExitStack() as stack:
+            tars = {row["tar"] for rows in self._rows.values() for row in rows}
+            self._tars = {name: stack.enter_context(store.open(name)) for name in tars}
+            self._close = stack.pop_all().close
 
     def __enter__(self) -> _Previous:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tar.close()
+        self._close()
 
     def failed(self, path: str, classes: Collection[str]) -> bool:
         """Whether a clip of the video is a reject of one of `classes`."""
@@ -259,13 +267,14 @@ class _Previous:
         Where an equal video before it has become a sample only now, its clips are the duplicates; `keys` are those that
         the new shard has.
         """
-        rows = sorted(self._rows[path], key=lambda row: int(row["offset"]))
+        rows = sorted(self._rows[path], key=lambda row: (row["split"], int(row["offset"])))
         for row in rows:
             if row["key"] in keys:
                 rejects.append(_reject(path, _duplicate(row["key"]), ""))
                 continue
             keys.add(row["key"])
-            writer.add_file(self._tar, row["ext"], functools.partial(_same, row), row["offset"], row["size"])
+            tar, same = self._tars[row["tar"]], functools.partial(_same, row)
+            writer.add_file(tar, row["ext"], same, row["offset"], row["size"], split=row["split"])
         rejects += self._rejects[path]
         return len(rows) + len(self._rejects[path])
 
@@ -273,7 +282,7 @@ class _Previous:
 def _same(row: dict[str, Any], digest: str) -> dict[str, Any]:
     if digest != row["sha256"]:
         raise DatasetError(f"sample {row['key']} is damaged; run `tokenreel verify --repair` first")
-    return {name: value for name, value in row.items() if name != "shard" and name not in PLACE}
+    return {name: value for name, value in row.items() if name not in ADDED | PLACE}
 
 
 def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_fraction: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""One shard: its tar, its rejects and, last, the index that makes it count.
+"""One shard: a tar for each split in it, its rejects and, last, the index that makes it count.
 
-The tar and the rejects are written whole under their names before the index is, so no reader sees half a shard,
+The tars and the rejects are written whole under their names before the index is, so no reader sees half a shard,
 whatever dies when, and a resumed job repeats only the shards that have no index.
 """
 
@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,33 +22,31 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DatasetError, OutputError, TransientIO
+from pipeline.errors import DatasetError, OutputError
 from pipeline.internal import INTERNAL
 from pipeline.ledger import Ledger
-from pipeline.parquet import parse_parquet
-from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, Reject
+from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, SPLITS, TOKEN_SCHEMA, Reject
 from pipeline.storage import Store
+from pipeline.tar_writer import TarWriter
 
 log = logging.getLogger(__name__)
 
 INDEX_SCHEMAS = {"clips": CLIP_SCHEMA, "tokens": TOKEN_SCHEMA, "embeddings": EMBEDDING_SCHEMA}
-_TYPES = {field.name: field.type for schema in INDEX_SCHEMAS.values() for field in schema}
 _OWN_COLUMN = {"clips": "ext", "embeddings": "sample_key", "tokens": "clip_key"}
 _INFO_KEY = b"tokenreel.shard"
 PLACE = {"offset", "size", "sha256", "json_offset", "json_size"}
 """Index columns that `ShardWriter` fills in."""
+ADDED = {"shard", "tar"}
+"""What reading adds to a row: the number of its shard, and the file in the dataset that holds the sample."""
 COUNTED = ("codec", "ext", "source_codec", "source_container")
 """Index columns of clips whose values are counted in the totals."""
-_COPY_BYTES = 2**20
-"""Read, hashed and written at a time: it stays in the CPU's cache on the way."""
-_WRITEBACK_BYTES = 2**25
-_USTAR_MAX_BYTES = 0o77777777777
 Describe = Callable[[str], dict[str, Any]]
 """SHA-256 of a payload (hex) to the index row of its sample, without place and hash."""
 
 
-def shard_name(shard: int) -> str:
-    return f"shards/{shard:06d}.tar"
+def tar_name(shard: int, split: str) -> str:
+    """Of the samples of one split in a shard; "" is the split of a tar of format 3, which holds those of all."""
+    return f"shards/{split}-{shard:06d}.tar" if split else f"shards/{shard:06d}.tar"
 
 
 def index_name(shard: int) -> str:
@@ -64,17 +61,24 @@ def rejects_name(shard: int) -> str:
 class ShardInfo:
     """What an index file says of its shard, in its Parquet metadata.
 
+    shard: its number; -1 in format 3, which did not say it.
+    tars: bytes of the tar of each split that occurs.
     content: digest of keys and payload hashes; it changes with any sample.
     parent_content: `content` of the clip shard that a token shard was made from; "" for clips.
     totals: videos, seconds, frames, payload_bytes, and for clips the counts of COUNTED.
     """
 
     fingerprint: str
-    tar_bytes: int
+    shard: int
+    tars: dict[str, int]
     content: str
     ledger: Ledger
     parent_content: str = ""
     totals: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tar_bytes(self) -> int:
+        return sum(self.tars.values())
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "ledger": self.ledger.to_json()})
@@ -82,6 +86,8 @@ class ShardInfo:
     @classmethod
     def from_json(cls, text: str | bytes) -> ShardInfo:
         data = json.loads(text)
+        if "tar_bytes" in data:  # format 3
+            data |= {"shard": -1, "tars": {"": data.pop("tar_bytes")}}
         return cls(**{**data, "ledger": Ledger.from_json(data["ledger"])})
 
 
@@ -96,38 +102,43 @@ class Written(NamedTuple):
 class ShardWriter:
     """Writes one shard: `add` samples, then `commit`. Until then nothing is visible under a final name.
 
-    The tar is byte-reproducible: ustar headers, mtime 0, no owner, members in the order they were added. Memory does
-    not grow with payloads: they stream through a buffer.
+    Each split that occurs has a tar of its own, so that whoever reads one cannot read another. Tars are byte-reproducible, their
+    members in the order they were added. Memory does not grow with payloads: they stream through a buffer.
     """
 
     def __init__(self, store: Store, kind: str, fingerprint: str, shard: int) -> None:
         self._store, self._kind, self._fingerprint, self._shard = store, kind, fingerprint, shard
-        self._scratch = store.scratch(shard_name(shard))
-        self._file = self._scratch.open("wb+")
+        self._tars: dict[str, TarWriter] = {}
         self._rows: list[dict[str, Any]] = []
-        self._given_to_disk = 0
 
     def add(self, row: dict[str, Any], ext: str, member: bytes, payload_start: int = 0) -> None:
         """Append a sample: `KEY.ext` with `member`, and `KEY.json` with what `row` says of it.
 
         Args:
-            row: the index row without offsets, sizes and hash.
+            row: the index row without offsets, sizes and hash; its `split` says which tar it goes to.
             payload_start: bytes of `member` before the payload that the index points at (a .npy header).
         """
         digest = hashlib.sha256(memoryview(member)[payload_start:]).hexdigest()
         with self._or_nothing():
-            offset = self._begin_member() + payload_start
-            self._write(member)
-            self._end_member(f"{row['key']}.{ext}", len(member))
+            offset = self._tar(row["split"]).add(f"{row['key']}.{ext}", member) + payload_start
             self._add_row(row, offset, len(member) - payload_start, digest)
 
     def add_file(
-        self, payload: IO[bytes], ext: str, describe: Describe, offset: int = 0, size: int | None = None
+        self,
+        payload: IO[bytes],
+        ext: str,
+        describe: Describe,
+        offset: int = 0,
+        size: int | None = None,
+        split: str = "train",
     ) -> str:
         """Append a sample whose payload is `size` bytes of an open file from `offset` on (all of it by default).
 
         The bytes are read once: hashed on their way into the tar, where the name that may depend on that hash is put
-        before them afterwards.
+        before them afterwards. So may the sample's split.
+
+        Args:
+            split: the likely one. A sample of another split is copied to that one's tar.
 
         Returns:
             the payload's SHA-256, in hex.
@@ -138,23 +149,28 @@ class ShardWriter:
         """
         size = os.fstat(payload.fileno()).st_size - offset if size is None else size
         with self._or_nothing():
-            place = self._begin_member()
-            digest = self._copy(payload, offset, size)
+            tar = self._tar(split)
+            start = tar.tell()
+            place = tar.begin()
+            digest = tar.copy(payload, offset, size)
             row = describe(digest)
-            self._end_member(f"{row['key']}.{ext}", size)
+            if row["split"] != split:
+                likely, tar = tar, self._tar(row["split"])
+                place = tar.take(likely, place, size)
+                likely.rewind(start)
+            tar.name_last(f"{row['key']}.{ext}", size)
             self._add_row(row, place, size, digest)
         return digest
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[dict[str, int], int]:
         """The place that `rewind` goes back to."""
-        return self._file.tell(), len(self._rows)
+        return {split: tar.tell() for split, tar in self._tars.items()}, len(self._rows)
 
-    def rewind(self, mark: tuple[int, int]) -> None:
+    def rewind(self, mark: tuple[dict[str, int], int]) -> None:
         """Drop the samples that were added since `mark`."""
-        position, num_rows = mark
-        with self._output():
-            self._file.seek(position)
-            self._file.truncate()
+        positions, num_rows = mark
+        for split, tar in self._tars.items():
+            tar.rewind(positions.get(split, 0))
         del self._rows[num_rows:]
 
     def commit(self, planned: int, rejects: Sequence[Reject], *, parent_content: str = "") -> ShardInfo:
@@ -169,10 +185,13 @@ class ShardWriter:
         rows = sorted(self._rows, key=lambda row: str(row["key"]))
         if twice := [a["key"] for a, b in itertools.pairwise(rows) if a["key"] == b["key"]]:
             raise DatasetError(f"{self._store}: shard {self._shard:06d} has two samples {twice[0]}")
-        tar_bytes = self._end_tar()
+        tars: dict[str, int] = {
+            split: self._tars[split].end() for split in SPLITS if split in {row["split"] for row in rows}
+        }
         info = ShardInfo(
             fingerprint=self._fingerprint,
-            tar_bytes=tar_bytes,
+            shard=self._shard,
+            tars=tars,
             content=digest_rows(rows),
             parent_content=parent_content,
             ledger=ledger,
@@ -180,18 +199,27 @@ class ShardWriter:
         )
         # A shard that is made again stops counting before its bytes change.
         self._store.remove(index_name(self._shard))
-        self._store.put(self._scratch, shard_name(self._shard))
+        for split in SPLITS:
+            if split in tars:
+                self._store.put(self._tars[split].scratch, tar_name(self._shard, split))
+            else:
+                self._store.remove(tar_name(self._shard, split))
         write_rejects(self._store, rejects_name(self._shard), rejects)
         table = pa.Table.from_pylist(rows, schema=index_schema(self._kind, info))
         self._store.write(index_name(self._shard), to_parquet(table))
         return info
 
     def abort(self) -> None:
-        """Drop everything; harmless after `commit`, and never an error of its own: a full disk has said enough."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._scratch.unlink(missing_ok=True)
+        """Drop everything; harmless after `commit`."""
+        for tar in self._tars.values():
+            tar.abort()
+
+    def _tar(self, split: str) -> TarWriter:
+        if split not in self._tars:
+            if split not in SPLITS:
+                raise DatasetError(f"{self._store}: a sample of split {split!r}; allowed: {', '.join(SPLITS)}")
+            self._tars[split] = TarWriter(self._store.scratch(tar_name(self._shard, split)))
+        return self._tars[split]
 
     @contextlib.contextmanager
     def _or_nothing(self) -> Iterator[None]:
@@ -199,97 +227,24 @@ class ShardWriter:
         mark = self.mark()
         try:
             yield
-        except OutputError:  # the file is in no state to go on with
+        except OutputError:  # the tar is in no state to go on with
             raise
         except BaseException:
             self.rewind(mark)
             raise
 
-    @contextlib.contextmanager
-    def _output(self) -> Iterator[None]:
-        """Tells errors of the shard's own file from those of an input."""
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(error.errno, error.strerror, str(self._scratch)) from error
-
-    def _write(self, data: bytes | memoryview) -> None:
-        with self._output():
-            self._file.write(data)
-
-    def _begin_member(self) -> int:
-        self._write(bytes(tarfile.BLOCKSIZE))  # the header's place
-        return self._file.tell()
-
-    def _end_member(self, name: str, size: int) -> None:
-        header = tar_header(name, size)
-        end = self._file.tell()
-        with self._output():
-            self._file.seek(end - size - tarfile.BLOCKSIZE)
-            self._file.write(header)
-            self._file.seek(end)
-            self._file.write(bytes(-size % tarfile.BLOCKSIZE))
-
     def _add_row(self, row: dict[str, Any], offset: int, size: int, digest: str) -> None:
         info = json.dumps(sample_info(row), sort_keys=True).encode()
-        json_offset = self._begin_member()
-        self._write(info)
-        self._end_member(f"{row['key']}.json", len(info))
+        json_offset = self._tar(row["split"]).add(f"{row['key']}.json", info)
         place = {"offset": offset, "size": size, "sha256": digest, "json_offset": json_offset, "json_size": len(info)}
         row = {**row, **place}
         check_row(row, INDEX_SCHEMAS[self._kind])
         self._rows.append(row)
 
-    def _copy(self, payload: IO[bytes], offset: int, size: int) -> str:
-        hasher = hashlib.sha256()
-        buffer = memoryview(bytearray(min(_COPY_BYTES, max(1, size))))
-        done = 0
-        while done < size:
-            try:
-                count = os.preadv(payload.fileno(), [buffer[: size - done]], offset + done)
-            except OSError as error:
-                raise TransientIO(f"cannot be read from byte {offset + done} on: {error.strerror}") from error
-            if not count:
-                raise TransientIO(f"ended after {done} of {size} bytes; it changed while it was read")
-            hasher.update(buffer[:count])
-            self._write(buffer[:count])
-            done += count
-            self._start_writeback()
-        return hasher.hexdigest()
-
-    def _start_writeback(self) -> None:
-        """Have the disk write what is there already, so that the flush at the end of the shard waits for little."""
-        position = self._file.tell()
-        if position - self._given_to_disk >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-            span = (self._given_to_disk, position - self._given_to_disk)
-            os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_DONTNEED)
-            self._given_to_disk = position
-
-    def _end_tar(self) -> int:
-        self._file.write(bytes(tar_end_bytes(self._file.tell())))
-        size = self._file.tell()
-        self._file.close()
-        return size
-
 
 def index_schema(kind: str, info: ShardInfo) -> pa.Schema:
     """The schema of a shard's index file, which holds `info`."""
     return INDEX_SCHEMAS[kind].with_metadata({_INFO_KEY: info.to_json().encode()})
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: mode 0644, nobody's, from 1970."""
-    header = tarfile.TarInfo(name)
-    header.size = size
-    header.mode = 0o644
-    # ustar has no word for 8 GiB and more; every reader knows GNU's.
-    return header.tobuf(tarfile.USTAR_FORMAT if size <= _USTAR_MAX_BYTES else tarfile.GNU_FORMAT)
-
-
-def tar_end_bytes(position: int) -> int:
-    """How many zeros end a tar whose last member ends at `position`: two blocks, and as many as fill a record."""
-    end = position + 2 * tarfile.BLOCKSIZE
-    return 2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE
 
 
 def read_shard_info(store: Store, shard: int) -> ShardInfo | None:
@@ -308,66 +263,74 @@ def read_shard_info(store: Store, shard: int) -> ShardInfo | None:
         raise _no_index(store, shard, error) from error
 
 
-def read_shard_columns(store: Store, shard: int, columns: Sequence[str]) -> tuple[ShardInfo, pa.Table]:
-    """What the index of a shard says of it, and some columns of its rows; in a local dataset only these are read.
+def read_shard_columns(store: Store, shard: int, columns: Sequence[str] | None = None) -> tuple[ShardInfo, pa.Table]:
+    """What the index of a shard says of it, and its rows in the order of their keys: some columns (all of its kind by default),
+    null where its version of the format lacks them, and those of `ADDED`. In a local dataset only these are read.
 
     Raises:
         FileNotFoundError: the shard has no index.
         DatasetError: the file there is no index of ours.
     """
     name = index_name(shard)
-    source = store.path(name) if store.is_local else pa.BufferReader(store.read(name))
-    try:
-        with pq.ParquetFile(source) as file:
-            there = [name for name in columns if name in file.schema_arrow.names]
-            table = add_new_columns(file.read(there, use_threads=False), columns)
-            return _parse_info(file.schema_arrow), table.select(list(columns))
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise _no_index(store, shard, error) from error
+    # Not by its path, which Arrow cannot say in every locale.
+    with store.open(name) if store.is_local else pa.BufferReader(store.read(name)) as source:
+        try:
+            file = pq.ParquetFile(source)
+            info, there = _parse_info(file.schema_arrow), file.schema_arrow.names
+            schema = INDEX_SCHEMAS[next(kind for kind, own in _OWN_COLUMN.items() if own in there)]
+        except (pa.ArrowException, OSError, KeyError, StopIteration, TypeError, ValueError) as error:
+            raise _no_index(store, shard, error) from error
+        wanted = list(columns or (*schema.names, *(one for one in there if one not in schema.names)))
+        try:
+            table = file.read([one for one in there if one in (*wanted, "split")], use_threads=False)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DatasetError(
+                f"{store.where(name)} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"
+            ) from error
+    for one in wanted:
+        if one not in table.column_names:
+            table = table.append_column(one, pa.nulls(len(table), schema.field(one).type))
+    added = {"shard": pa.repeat(pa.scalar(shard, pa.int32()), len(table))}
+    if "offset" in there:
+        added["tar"] = _tars_of(shard, info, table["split"])
+    table = table.select(wanted).replace_schema_metadata(None)
+    for one, values in added.items():
+        table = table.append_column(one, values)
+    return info, table
+
+
+def _tars_of(shard: int, info: ShardInfo, splits: pa.ChunkedArray) -> pa.DictionaryArray:
+    """The file of each sample, a dictionary: the names are few."""
+    if "" in info.tars:
+        return pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), len(splits)), [tar_name(shard, "")])
+    encoded = splits.combine_chunks().dictionary_encode()
+    return pa.DictionaryArray.from_arrays(
+        encoded.indices, pa.array([tar_name(shard, one) for one in encoded.dictionary.to_pylist()], pa.string())
+    )
 
 
 def read_shard_rows(store: Store, shard: int) -> list[dict[str, Any]]:
-    """Index rows of one shard in the order of their keys, with the column `shard` added.
+    """Index rows of one shard in the order of their keys, with the columns of `ADDED`.
 
     Raises:
+        FileNotFoundError: the shard has no index.
         DatasetError: the index is damaged.
     """
-    data = store.read(index_name(shard))
-    try:
-        return [{**row, "shard": shard} for row in add_new_columns(parse_parquet(data)).to_pylist()]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(
-            f"{store.where(index_name(shard))} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"
-        ) from error
-
-
-def add_new_columns(table: pa.Table, names: Sequence[str] | None = None) -> pa.Table:
-    """`table` with those of the columns `names` (all of its kind by default) that its version of the format did not have, null."""
-    if names is None:
-        names = INDEX_SCHEMAS[next(kind for kind, own in _OWN_COLUMN.items() if own in table.column_names)].names
-    for name in names:
-        if name not in table.column_names and name in _TYPES:
-            table = table.append_column(name, pa.nulls(len(table), _TYPES[name]))
-    return table
+    rows: list[dict[str, Any]] = read_shard_columns(store, shard)[1].to_pylist()
+    return rows
 
 
 def read_payload(store: Store, row: dict[str, Any]) -> bytes:
-    """The payload of one index row (with its `shard`).
+    """The payload of one index row (with its `tar`).
 
     Raises:
-        DatasetError: the shard is shorter than the index says, or its bytes are not the indexed ones.
+        DatasetError: the tar is shorter than the index says, or its bytes are not the indexed ones.
     """
-    data = store.read_range(shard_name(row["shard"]), row["offset"], row["size"])
+    data, where = store.read_range(row["tar"], row["offset"], row["size"]), store.where(row["tar"])
     if len(data) != row["size"]:
-        raise DatasetError(
-            f"{store.where(shard_name(row['shard']))}: sample {row['key']} ends after {len(data)} of {row['size']} bytes"
-        )
+        raise DatasetError(f"{where}: sample {row['key']} ends after {len(data)} of {row['size']} bytes")
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        raise DatasetError(
-            f"{store.where(shard_name(row['shard']))}: the bytes of sample {row['key']} are not the ones that were committed"
-        )
+        raise DatasetError(f"{where}: the bytes of sample {row['key']} are not the ones that were committed")
     return data
 
 

@@ -18,6 +18,7 @@ import ray
 from ray.util.metrics import Counter as MetricCounter
 from ray.util.metrics import Gauge
 
+from pipeline import ffmpeg
 from pipeline.dataset import DatasetMeta
 from pipeline.embedding import Embed, EmbedSettings, write_embedding_shard
 from pipeline.encoding import Encode, Piece
@@ -49,7 +50,7 @@ def run_shard(
     be seen. Twice as many tasks are queued as there are CPUs, so the driver's memory does not grow with the plan, and a
     cluster that can grow sees that there is more to do.
     """
-    arguments = ray.put((corpus, out, meta.fingerprint, settings, tuple(retry)))
+    arguments = ray.put((corpus, out, meta.fingerprint, meta.decoder, settings, tuple(retry)))
     running: set[ray.ObjectRef] = set()
     try:
         while True:
@@ -85,9 +86,10 @@ def raised_by_workers() -> Iterator[None]:
 
 @ray.remote(num_cpus=1, max_retries=5)
 def _shard_task(
-    arguments: tuple[Store, Store, str, ShardSettings, tuple[str, ...]], shard: int, refs: list[VideoRef]
+    arguments: tuple[Store, Store, str, str, ShardSettings, tuple[str, ...]], shard: int, refs: list[VideoRef]
 ) -> Written:
-    corpus, out, fingerprint, settings, retry = arguments
+    corpus, out, fingerprint, decoder, settings, retry = arguments
+    ffmpeg.require_identity(decoder)
     with collected_warnings() as warnings:
         written = write_clip_shard(out, fingerprint, shard, corpus, refs, settings, retry)
     return written._replace(warnings=tuple(warnings))
@@ -118,7 +120,7 @@ def run_tokenize(
     num_encoders = min(num_encoders, len(todo))
     cpus = ray.cluster_resources().get("CPU", 1.0)
     groups_ahead = 1 + math.ceil(cpus / num_encoders)
-    arguments = (clips, out, meta.fingerprint, settings, make_encode, _batches_at_a_time(encoder_resources))
+    arguments = (clips, out, meta, settings, make_encode, _batches_at_a_time(encoder_resources))
     encoders = [_actor_class(_Encoder, encoder_resources).remote(*arguments, groups_ahead) for _ in range(num_encoders)]
     return _write_shards(encoders, todo, on_shard)
 
@@ -214,13 +216,13 @@ class _Encoder:
         self,
         clips: Store,
         out: Store,
-        fingerprint: str,
+        meta: DatasetMeta,
         settings: TokenizeSettings,
         make_encode: Callable[[], Encode],
         batches_at_a_time: int,
         groups_ahead: int,
     ) -> None:
-        self._clips, self._out, self._fingerprint, self._settings = clips, out, fingerprint, settings
+        self._clips, self._out, self._meta, self._settings = clips, out, meta, settings
         self._encode, self._groups_ahead = make_encode(), groups_ahead
         self._turns, self._clock = threading.Semaphore(batches_at_a_time), BusyClock()
         busy, frames = ENCODER_METRICS.items()
@@ -232,7 +234,7 @@ class _Encoder:
             written = write_token_shard(
                 self._clips,
                 self._out,
-                self._fingerprint,
+                self._meta.fingerprint,
                 shard,
                 rows,
                 self._decode_ahead(rows),
@@ -260,7 +262,7 @@ class _Encoder:
             window.extend(self._decode(group) for group in itertools.islice(groups, 1))
 
     def _decode(self, rows: list[dict[str, Any]]) -> Any:
-        return _decode_task.remote(self._clips, rows, self._settings)
+        return _decode_task.remote(self._clips, rows, self._settings, self._meta.decoder)
 
 
 class _Embedder:
@@ -297,7 +299,10 @@ class _Embedder:
 # its CPU while it waits, and groups that wait for each other's readers would then wait for ever; Ray moves what nobody has
 # read yet to disk instead.
 @ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, num_returns="streaming")
-def _decode_task(clips: Store, rows: list[dict[str, Any]], settings: TokenizeSettings) -> Iterator[list[Piece]]:
+def _decode_task(
+    clips: Store, rows: list[dict[str, Any]], settings: TokenizeSettings, decoder: str
+) -> Iterator[list[Piece]]:
+    ffmpeg.require_identity(decoder)
     # Below the encoders, which share these CPUs: the time that a decoder loses is made up for while others wait.
     os.setpriority(os.PRIO_PROCESS, 0, 19)
     yield from decode_clips(clips, rows, settings)

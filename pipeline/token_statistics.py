@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DatasetError
-from pipeline.shards import shard_name
 from pipeline.storage import Store
 
 REST = "(the rest)"
@@ -135,7 +134,7 @@ def scan_tokens(store: Store, index: pa.Table, codebook_size: int, *, shards: li
     Memory is that of one clip and of `num_sources` histograms, however large the dataset.
 
     Args:
-        index: of the whole dataset: shard, source, offset, size, num_frames, height, width.
+        index: of the whole dataset: shard, tar, source, offset, size, num_frames, height, width.
         num_sources: sources (see `source_group`) that are counted on their own: those with the most frames in the index.
 
     Raises:
@@ -152,9 +151,11 @@ def scan_tokens(store: Store, index: pa.Table, codebook_size: int, *, shards: li
     shapes = np.stack([index[name].to_numpy() for name in ("num_frames", "height", "width")], axis=1)
     found: list[int] = []
     static: list[float] = []
-    for shard in shards:
-        places = np.flatnonzero(shard_of == shard)
-        with store.open(shard_name(shard)) as file:
+    tar_of = index["tar"].to_numpy()
+    tars = [tar for shard in shards for tar in np.unique(tar_of[shard_of == shard])]
+    for tar in tars:
+        places = np.flatnonzero(tar_of == tar)
+        with store.open(tar) as file:
             for place in places[np.argsort(offsets[places])].tolist():
                 file.seek(offsets[place])
                 data = file.read(sizes[place])
@@ -163,7 +164,7 @@ def scan_tokens(store: Store, index: pa.Table, codebook_size: int, *, shards: li
                     static.append(counted.get(groups[place], counted[REST]).add_clip(codes))
                 except ValueError as error:
                     raise DatasetError(
-                        f"{store.where(shard_name(shard))}: the tokens at byte {offsets[place]} are not what the index says: "
+                        f"{store.where(tar)}: the tokens at byte {offsets[place]} are not what the index says: "
                         f"{error}; run `tokenreel verify {store}`"
                     ) from error
                 found.append(place)

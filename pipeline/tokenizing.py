@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline import ffmpeg
 from pipeline.dataset import DatasetMeta
 from pipeline.decode import FrameConfig, iter_frames, open_bytes
 from pipeline.encoding import Encode, Piece, encode_pieces
@@ -57,20 +58,22 @@ class TokenizeSettings:
 
 
 def describe_tokens(clips: DatasetMeta, config: dict[str, Any], tokenizer: dict[str, Any]) -> DatasetMeta:
-    """The identity of the token dataset that `config` and a tokenizer make of `clips`.
+    """The identity of the token dataset that `config`, a tokenizer and this machine's ffmpeg make of `clips`.
 
     Args:
         tokenizer: plain JSON with its `fingerprint`, `codebook_size` and `patch`.
     """
     config = {**{k: v for k, v in config.items() if k != "limits"}, "tokenizer": tokenizer["fingerprint"]}
+    decoder = ffmpeg.identity()
     return DatasetMeta(
         kind="tokens",
-        fingerprint=identify_dataset(kind="tokens", parent=clips.fingerprint, config=config),
+        fingerprint=identify_dataset(kind="tokens", parent=clips.fingerprint, config=config, decoder=decoder),
         config=config,
         parent_fingerprint=clips.fingerprint,
         inputs_digest="",
         num_shards=clips.num_shards,
         extra={"tokenizer": tokenizer},
+        decoder=decoder,
     )
 
 

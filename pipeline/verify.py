@@ -10,18 +10,29 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, get_args
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset import PLAN_REJECTS, DatasetMeta, Place, listed_shards, read_meta, read_rejects_file
+from pipeline.dataset import (
+    PLAN_REJECTS,
+    DatasetMeta,
+    Place,
+    digest_contents,
+    list_split,
+    listed_shards,
+    read_meta,
+    read_rejects_file,
+    split_name,
+)  # fmt: skip
 from pipeline.embedding import hash_vector, vectors_of
 from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
 from pipeline.ledger import Ledger
 from pipeline.parquet import parse_parquet
-from pipeline.schema import Split
+from pipeline.schema import SPLITS
 from pipeline.shards import (
+    ADDED,
     ShardInfo,
     digest_rows,
     index_name,
@@ -29,13 +40,11 @@ from pipeline.shards import (
     read_shard_rows,
     rejects_name,
     sample_info,
-    shard_name,
-    tar_end_bytes,
-    tar_header,
+    tar_name,
 )
 from pipeline.storage import CHUNK_BYTES, LOCAL_TROUBLE, Store
+from pipeline.tar_writer import tar_end_bytes, tar_header
 
-_SPLITS = get_args(Split)
 # What reading a file can raise in which any byte may be wrong.
 _DAMAGE = (
     TokenreelError, pa.ArrowException, OSError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError,
@@ -63,12 +72,19 @@ def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
     meta = read_meta(store)
     seen = _Seen()
     books = Ledger()
+    indexed, contents = {PLAN_REJECTS}, []
     numbers = listed_shards(store)
     for shard in numbers:
         try:
             info = read_shard_info(store, shard)
             assert info is not None
             books += info.ledger
+            indexed |= {rejects_name(shard), *(tar_name(shard, split) for split in info.tars)}
+            contents.append(info.content)
+            if info.shard not in (shard, -1):  # format 3 does not say it
+                yield Problem(
+                    f"{store.where(index_name(shard))}: of shard {info.shard:06d}, which was put in its place", shard
+                )
             if info.fingerprint != meta.fingerprint:
                 yield Problem(
                     f"{store.where(index_name(shard))}: foreign, of dataset {info.fingerprint}, not {meta.fingerprint}",
@@ -80,17 +96,18 @@ def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
                 yield Problem(text, shard)
         except _DAMAGE as error:
             _raise_unless_damage(error)
+            indexed |= {rejects_name(shard), *(tar_name(shard, split) for split in ("", *SPLITS))}
             yield Problem(f"{store}: shard {shard:06d} cannot be read: {error}", shard)
     for shard in sorted(set(range(meta.num_shards)) - set(numbers)):
         yield Problem(f"{store}: shard {shard:06d} is missing", shard)
     for shard in sorted(set(numbers) - set(range(meta.num_shards))):
         yield Problem(f"{store}: shard {shard:06d} is foreign, the plan has {meta.num_shards} shards", shard)
-    indexed = {name(shard) for shard in numbers for name in (shard_name, rejects_name)} | {PLAN_REJECTS}
     for entry in (*store.list("shards"), *store.list("rejects")):
         if entry.name not in indexed:
             yield Problem(f"{store.where(entry.name)}: no index counts it (broken off, or foreign); delete it")
     yield from (Problem(f"{store}: {text}") for text in seen.clashes())
     yield from (Problem(text) for text in _verify_books(store, meta, books))
+    yield from (Problem(text) for text in _verify_totals(store, meta, contents))
 
 
 @dataclass(slots=True)
@@ -104,7 +121,7 @@ class _Seen:
     def add(self, shard: int, video_id: str, split: str) -> None:
         self.video_ids.append(int(video_id, 16))
         self.shards.append(shard)
-        self.splits.append(_SPLITS.index(split) if split in _SPLITS else -1)
+        self.splits.append(SPLITS.index(split) if split in SPLITS else -1)
 
     def clashes(self) -> Iterator[str]:
         """Videos in two shards, or in two splits."""
@@ -141,17 +158,27 @@ def _verify_parent(store: Store, shard: int, info: ShardInfo, parent: Place | No
 
 
 def _verify_shard(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Iterator[str]:
-    where, index = store.where(shard_name(shard)), store.where(index_name(shard))
     yield from _verify_rejects(store, shard, info)
-    entry = store.stat(shard_name(shard))
+    rows = read_shard_rows(store, shard)
+    index = store.where(index_name(shard))
+    yield from _verify_rows(index, shard, rows, info, seen)
+    if digest_rows(rows) != info.content:
+        yield f"{index}: keys or hashes are not the ones that were committed"
+    if astray := sorted({row["tar"] for row in rows} - {tar_name(shard, split) for split in info.tars}):
+        yield f"{index}: samples in {astray[0]}, which was not committed"
+    for split, tar_bytes in info.tars.items():
+        name = tar_name(shard, split)
+        yield from _verify_tar(store, name, tar_bytes, [row for row in rows if row["tar"] == name])
+
+
+def _verify_tar(store: Store, name: str, tar_bytes: int, rows: list[dict[str, Any]]) -> Iterator[str]:
+    entry, where = store.stat(name), store.where(name)
     if entry is None:
         yield f"{where}: missing, though its index counts it"
         return
-    if entry.size_bytes != info.tar_bytes:
-        yield f"{where}: {entry.size_bytes} bytes; {info.tar_bytes} were committed"
-    rows = read_shard_rows(store, shard)
-    yield from _verify_rows(index, shard, rows, info, seen)
-    with store.open(shard_name(shard)) as tar:
+    if entry.size_bytes != tar_bytes:
+        yield f"{where}: {entry.size_bytes} bytes; {tar_bytes} were committed"
+    with store.open(name) as tar:
         for row in rows:
             if _hash_range(tar, row["offset"], row["size"]) != row["sha256"]:
                 yield f"{where}: the bytes of sample {row['key']} are not the ones that were committed"
@@ -234,7 +261,7 @@ def _hash_range(file: IO[bytes], offset: int, size: int) -> str:
 
 
 def _says(tar: IO[bytes], row: dict[str, Any]) -> bool:
-    known = {name: value for name, value in row.items() if name != "shard"}
+    known = {name: value for name, value in row.items() if name not in ADDED}
     try:
         return bool(json.loads(os.pread(tar.fileno(), row["json_size"], row["json_offset"])) == sample_info(known))
     except ValueError:
@@ -263,6 +290,19 @@ def _verify_books(store: Store, meta: DatasetMeta, shards: Ledger) -> Iterator[s
         yield f"{store}: {error}"
 
 
+def _verify_totals(store: Store, meta: DatasetMeta, contents: list[str]) -> Iterator[str]:
+    """What `dataset.json` and the lists of tars say of shards that could all be read."""
+    if meta.totals is None or len(contents) < meta.num_shards:
+        return
+    if digest_contents(contents) != meta.content:
+        yield f"{store}: its shards are not those that dataset.json sums up: one was exchanged, or two of them for each other"
+    for split in SPLITS if meta.schema_version > 3 and meta.kind != "embeddings" else ():
+        name = split_name(split)
+        listed = store.read(name).decode(errors="replace") if store.exists(name) else ""
+        if listed != list_split(meta, split):
+            yield f"{store.where(name)}: not the tars of split {split}; run the command that writes the dataset again"
+
+
 def repair(place: Place, problems: list[Problem]) -> list[int]:
     """Drop the shards that `problems` name, so that the job that wrote the dataset makes them again; their numbers.
 
@@ -275,6 +315,7 @@ def repair(place: Place, problems: list[Problem]) -> list[int]:
         raise ConfigError(f"{store}: no shard is at fault, so there is none to make again; see the problems above")
     for shard in shards:
         store.remove(index_name(shard))  # first, so that the shard no longer counts
-        store.remove(shard_name(shard))
+        for split in SPLITS:
+            store.remove(tar_name(shard, split))
         store.remove(rejects_name(shard))
     return shards

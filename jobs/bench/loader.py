@@ -29,7 +29,7 @@ from pipeline.errors import ConfigError, TokenreelError
 from pipeline.ledger import Ledger
 from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.schema import SCORES, TOKEN_SCHEMA
-from pipeline.shards import ShardInfo, ShardWriter, index_name, index_schema, shard_name
+from pipeline.shards import ShardInfo, ShardWriter, index_name, index_schema, tar_name
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
@@ -258,13 +258,14 @@ def _make_index(folder: Path, config: BenchLoaderConfig) -> None:
         columns["offset"] = pa.array(640 + np.arange(count) * (payload_bytes + 4096))
         info = ShardInfo(
             fingerprint=meta.fingerprint,
-            tar_bytes=640 + count * (payload_bytes + 4096),
+            shard=shard,
+            tars={"train": 640 + count * (payload_bytes + 4096)},
             content=f"{shard:032x}",
             ledger=Ledger(planned=count, committed=count),
         )
         contents.append(info.content)
         pq.write_table(pa.table(columns, schema=index_schema("tokens", info)), folder / index_name(shard))
-        with (folder / shard_name(shard)).open("wb") as file:
+        with (folder / tar_name(shard, "train")).open("wb") as file:
             file.truncate(info.tar_bytes)
     totals = {"committed": config.index_rows, "content": digest_contents(contents)}
     write_meta(folder, dataclasses.replace(meta, totals=totals))

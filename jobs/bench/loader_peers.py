@@ -40,7 +40,7 @@ def read_webdataset(content: Content, folder: Path) -> Batches:
     """Plain WebDataset over the tars of the token dataset: shuffled shards, a buffer of samples, decoded as numpy."""
     import webdataset as wds
 
-    urls = [str(path) for path in sorted((content.folder / "shards").glob("*.tar"))]
+    urls = [str(content.folder / line) for line in (content.folder / "splits" / "train.txt").read_text().splitlines()]
     samples = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(256).decode().repeat()
     return _collate(content, ((one["tokens.npy"], one["__key__"]) for one in samples))
 

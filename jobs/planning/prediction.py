@@ -17,7 +17,7 @@ from jobs.planning.estimate import Estimate, schedule_s
 from jobs.planning.probe import Made, Sample
 from pipeline.errors import ConfigError
 from pipeline.ledger import Ledger
-from pipeline.shards import tar_end_bytes
+from pipeline.tar_writer import tar_end_bytes
 
 _FORMAT = 1
 _COMPARED = ("planned", "committed", "rejected", "tar_bytes", "frames", "tokens", "wall_s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -32,11 +33,12 @@ def test_books_of_each_data_job_balance(stages: Stages) -> None:
         assert result.committed > 10
 
 
-def test_plain_webdataset_streams_every_shard(stages: Stages) -> None:
-    for folder, ext in ((stages.clips, "mp4"), (stages.tokens, "tokens.npy")):
-        tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+def test_plain_webdataset_streams_one_split(stages: Stages) -> None:
+    kinds = ((stages.clips, "mp4"), (stages.tokens, "tokens.npy"))
+    for (folder, ext), split in itertools.product(kinds, ("train", "val")):
+        tars = [str(folder / line) for line in (folder / "splits" / f"{split}.txt").read_text().splitlines()]
         samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False)}
-        index = {row["key"]: row for row in read_index(folder).to_pylist()}
+        index = {row["key"]: row for row in read_index(folder).to_pylist() if row["split"] == split}
         assert samples.keys() == index.keys()
         for key, sample in samples.items():
             assert json.loads(sample["json"])["key"] == key
@@ -80,7 +82,7 @@ def test_verify_passes_on_fresh_datasets_and_fails_on_a_flipped_byte(stages: Sta
         assert verify.run(VerifyConfig(dataset=str(folder))).status == "done"
     copy = shutil.copytree(stages.tokens, tmp_path / "tokens")
     row = read_index(copy).to_pylist()[0]
-    tar = copy / "shards" / f"{row['shard']:06d}.tar"
+    tar = copy / row["tar"]
     data = bytearray(tar.read_bytes())
     data[row["offset"] + 3] ^= 1
     tar.write_bytes(data)

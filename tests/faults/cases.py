@@ -103,7 +103,7 @@ def believed(out: Path) -> dict[str, bytes]:
     return {
         name: data
         for name, data in files_of(out).items()
-        if name.partition("/")[0] in ("shards", "index", "rejects") and _shard_of(name) in indexed
+        if name.partition("/")[0] in ("shards", "index", "rejects") and shard_of(name) in indexed
     }
 
 
@@ -118,14 +118,14 @@ def check_same(out: Path, whole: dict[str, bytes]) -> None:
 def check_subset(out: Path, whole: dict[str, bytes]) -> int:
     """Assert that each shard that a reader believes is as the unbroken run's; how many there are."""
     found = believed(out)
-    shards = {_shard_of(name) for name in found}
-    due = {name: data for name, data in whole.items() if name in found or _shard_of(name) in shards}
+    shards = {shard_of(name) for name in found}
+    due = {name: data for name, data in whole.items() if name in found or shard_of(name) in shards}
     different = describe_differences(found, due)
     assert not different, "\n".join([f"{out}: believed, but not as an unbroken run leaves them:", *different])
     return len(shards)
 
 
-def _shard_of(name: str) -> str:
+def shard_of(name: str) -> str:
     """The number of the shard whose tar, index or rejects a file holds, as in its name."""
     return Path(name).stem.rpartition("-")[2]
 

@@ -25,7 +25,7 @@ POINTS = {
     "copying the tokenizer": "tokenizer/.*.tmp",
     "tokenizer there": "tokenizer/model.safetensors",
     "writing a tar": "shards/.*.tmp",
-    "tar without index": "shards/??????.tar",
+    "tar without index": "shards/*-??????.tar",
     "writing an index": "index/.*.tmp",
     "index there": "index/*.parquet",
     "finishing": ".dataset.json.*.tmp",

@@ -22,7 +22,7 @@ def test_every_job_of_a_project(stages: Stages, caplog: pytest.LogCaptureFixture
     assert jobs.keys() == {"shard", "train-tokenizer", "tokenize", "pretrain"}
     assert {one["state"] for one in jobs.values()} == {"finished"}
     assert (jobs["pretrain"]["done"], jobs["pretrain"]["total"], jobs["pretrain"]["unit"]) == (8, 8, "steps")
-    assert jobs["shard"]["done"] == jobs["shard"]["total"] == len(list((stages.clips / "shards").iterdir()))
+    assert jobs["shard"]["done"] == jobs["shard"]["total"] == len(list((stages.clips / "index").iterdir()))
     assert jobs["shard"]["rejected"] == stages.results["shard"].rejected
     run_id = stages.results["shard"].mlflow_run_id
     link = jobs["shard"]["mlflow"]

@@ -13,7 +13,7 @@ from pipeline.dataset import DatasetMeta, create_or_resume, finish
 from pipeline.ledger import Ledger
 from pipeline.schema import SCORES, VideoRef
 from pipeline.sharding import ShardSettings, write_clip_shard
-from pipeline.shards import ShardWriter, shard_name
+from pipeline.shards import ShardWriter, tar_name
 from pipeline.storage import Store
 
 GRID = (2, 3)
@@ -57,9 +57,9 @@ def make_row(key: str, num_frames: int = 3, **changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
 
-def shard_path(folder: Path, shard: int) -> Path:
-    """Where the tar of a shard lies in a local dataset."""
-    return folder / shard_name(shard)
+def shard_path(folder: Path, shard: int, split: str = "train") -> Path:
+    """Where the tar of a split of a shard lies in a local dataset."""
+    return folder / tar_name(shard, split)
 
 
 def make_codes(sample: int, num_frames: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def rewrite(tokens: Path, shard: int, change: Callable[[list[dict[str, Any]]], A
     rows, info = read_shard_rows(store, shard), read_shard_info(store, shard)
     assert info is not None
     payloads = [read_payload(store, row) for row in rows]
-    places = ("shard", "offset", "size", "sha256", "json_offset", "json_size")
+    places = ("shard", "tar", "offset", "size", "sha256", "json_offset", "json_size")
     rows = [{name: value for name, value in row.items() if name not in places} for row in rows]
     change(rows)
     writer = ShardWriter(store, "tokens", info.fingerprint, shard)
@@ -183,7 +183,7 @@ def test_wrong_frames(
     for problem, (shard, place) in zip(found, bad, strict=True):
         row = read_shard_rows(Store.at(clips), shard)[place]
         assert problem.shard == shard
-        assert f"{shard:06d}.tar: sample {row['key']} of {row['source']}: " in problem.text
+        assert f"train-{shard:06d}.tar: sample {row['key']} of {row['source']}: " in problem.text
         assert words in problem.text, problem.text
 
 
@@ -274,7 +274,7 @@ class TestClipsThatAreGone:
     def test_no_file(self, clips: Path, frames: list[Frames], tmp_path: Path) -> None:
         tokens = tokenize(clips, tmp_path / "tokens", frames)
         clips = Path(shutil.copytree(clips, tmp_path / "clips"))
-        (clips / "shards" / "000001.tar").unlink()
+        (clips / "shards" / "train-000001.tar").unlink()
         found = problems_of(run_audit(tokens, clips))
         assert [problem.shard for problem in found] == [None]
         assert all("its clip cannot be decoded again: unreadable" in problem.text for problem in found)

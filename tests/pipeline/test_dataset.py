@@ -34,7 +34,6 @@ from tests.pipeline.datasets import (
     make_row,
     make_token_dataset,
     open_writer,
-    shard_path,
 )
 
 REJECT = Reject(path="bad.mp4", stage="shard", reject_class="corrupt", reason="cut off", stderr="moov atom not found")
@@ -61,14 +60,14 @@ def folder(tmp_path: Path) -> Path:
 class TestRead:
     def test_index_points_at_the_bytes(self, folder: Path) -> None:
         for n, row in enumerate(read_index(folder).to_pylist()):
-            tar = shard_path(folder, row["shard"]).read_bytes()
+            tar = (folder / row["tar"]).read_bytes()
             assert tar[row["offset"] : row["offset"] + row["size"]] == make_codes(n, 3).tobytes()
             assert read_payload(Store.at(folder), row) == make_codes(n, 3).tobytes()
             assert json.loads(tar[row["json_offset"] : row["json_offset"] + row["json_size"]])["key"] == row["key"]
 
     def test_index_is_in_the_order_of_shards(self, folder: Path) -> None:
         table = read_index(folder, ["key", "split"])
-        assert table.column_names == ["key", "split", "shard"]
+        assert table.column_names == ["key", "split", "shard", "tar"]
         assert table["key"].to_pylist() == [f"{n}-000" for n in range(5)]
         assert table["shard"].to_pylist() == [0, 0, 0, 1, 1]
         assert listed_shards(folder) == [0, 1]
@@ -81,7 +80,7 @@ class TestRead:
     def test_no_samples(self, tmp_path: Path) -> None:
         folder = make_token_dataset(tmp_path / "d", [[]])
         assert len(read_index(folder)) == 0
-        assert read_index(folder, ["key"]).column_names == ["key", "shard"]
+        assert read_index(folder, ["key"]).column_names == ["key", "shard", "tar"]
 
     @pytest.mark.parametrize("kind", ["clips", "tokens"])
     def test_no_shards(self, tmp_path: Path, kind: str) -> None:
@@ -91,7 +90,7 @@ class TestRead:
         assert len(read_index(tmp_path / "d")) == 0
         if kind == "tokens":
             assert read_index(tmp_path / "d").schema == read_index(made).schema
-        assert read_index(tmp_path / "d", ["key"]).column_names == ["key", "shard"]
+        assert read_index(tmp_path / "d", ["key"]).column_names == ["key", "shard", "tar"]
 
     def test_rejects(self, folder: Path) -> None:
         assert list(read_rejects(folder)) == [FILTERED, REJECT, REFUSED]
@@ -160,7 +159,7 @@ class TestResume:
         before = sorted(folder.rglob("*"))
         for part in ("", "shards", "index", "rejects", "tokenizer"):
             (folder / part).mkdir(exist_ok=True)
-            (folder / part / ".000001.tar.1-2f.tmp").write_bytes(b"half")
+            (folder / part / ".train-000001.tar.1-2f.tmp").write_bytes(b"half")
         create_or_resume(folder, describe(num_shards=2))
         assert sorted(folder.rglob("*")) == sorted([*before, folder / "tokenizer"])
 
@@ -223,7 +222,7 @@ class TestResume:
         (tmp_path / ".dataset.json.123.tmp").write_text("{")
         meta = create_or_resume(tmp_path, describe())
         (tmp_path / "index").rmdir()
-        (tmp_path / "shards" / ".000000.tar.9-abc.tmp").write_bytes(b"half")
+        (tmp_path / "shards" / ".train-000000.tar.9-abc.tmp").write_bytes(b"half")
         assert create_or_resume(tmp_path, describe()) == meta
         assert (tmp_path / "index").is_dir()
         assert not list(tmp_path.rglob("*.tmp"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -437,3 +439,49 @@ def test_no_descriptor_leaks(clip: Path) -> None:
             probe(source, LIMITS)
             failure(["sh", "-c", "exit 1"], source)
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+class TestIdentity:
+    """Another version or build of ffmpeg is another decoder, whatever compiled it and whenever."""
+
+    def install(self, folder: Path, said: str, programs: Sequence[str] = ("ffmpeg", "ffprobe")) -> Path:
+        folder.mkdir(exist_ok=True)
+        for program in programs:
+            (folder / program).write_text(f"#!/bin/sh\necho run >> {folder}/runs\ncat <<'END'\n{program} {said}\nEND\n")
+            (folder / program).chmod(0o755)
+        return folder
+
+    def test_of_this_machine(self) -> None:
+        said = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
+        assert re.fullmatch(r"ffmpeg \S+ \(build [0-9a-f]{12}\)", ffmpeg.identity())
+        assert ffmpeg.identity().split()[1] == said.split()[2]
+
+    def test_what_makes_a_difference(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = "version 7.1-3 Copyright (c) 2000-{}\nbuilt with gcc {}\nconfiguration: --enable-{}\nlibavutil 57. {}\n"
+        found = []
+        for n, words in enumerate([(2024, 12, "x", 1), (2026, 14, "x", 1), (2024, 12, "y", 1), (2024, 12, "x", 2)]):
+            monkeypatch.setenv("PATH", f"{self.install(tmp_path / str(n), text.format(*words))}:/bin:/usr/bin")
+            found.append(ffmpeg.identity())
+            assert ffmpeg.identity() == found[-1]
+            assert (tmp_path / str(n) / "runs").read_text().count("run") == 2  # each program once a process
+        assert found[0] == found[1] and len(set(found)) == 3
+        self.install(tmp_path / "0", "version 6.0 Copyright\nconfiguration:\n", ["ffprobe"])
+        ffmpeg._build_of.cache_clear()
+        monkeypatch.setenv("PATH", f"{tmp_path / '0'}:/bin:/usr/bin")
+        assert re.fullmatch(r"ffmpeg 7.1-3 \(build \w+\), ffprobe 6.0 \(build \w+\)", ffmpeg.identity())
+
+    def test_a_node_with_another_one_is_named_with_both(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ffmpeg.require_identity(ffmpeg.identity())
+        with pytest.raises(
+            ConfigError, match=rf"{socket.gethostname()} has {re.escape(ffmpeg.identity())}; .* has ffmpeg 7, "
+        ):
+            ffmpeg.require_identity("ffmpeg 7")
+
+    def test_programs_that_do_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ConfigError, match="ffmpeg is not installed"):
+            ffmpeg.identity()
+        (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexit 127\n")
+        (tmp_path / "ffmpeg").chmod(0o755)
+        with pytest.raises(ConfigError, match="ffmpeg -version failed"):
+            ffmpeg.identity()

@@ -16,7 +16,7 @@ from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError, DatasetError, TransientIO
 from pipeline.frames import FrameLoader, FrameLoaderConfig
 from pipeline.schema import VideoRef
-from pipeline.shards import shard_name
+from pipeline.shards import tar_name
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
 from tests.corpora import make_clip
@@ -97,7 +97,7 @@ def test_what_the_cache_holds_is_not_read_again(clips: Path, tmp_path: Path) -> 
     first = cached.batch(0)
     assert equal(first, uncached.batch(0))
     for shard in range(3):
-        Store.at(clips).remove(shard_name(shard))
+        Store.at(clips).remove(tar_name(shard, "train"))
     assert equal(first, cached.batch(0))
     with pytest.raises(DatasetError, match=r"clip [0-9a-f]{16}-0{9} cannot be read: .*No such file.*tokenreel verify"):
         uncached.batch(0)
@@ -117,7 +117,7 @@ def test_a_damaged_clip_is_grey_said_once_and_not_kept(
 ) -> None:
     clips = Path(shutil.copytree(clips, tmp_path / "clips"))
     row = next(row for row in read_index(clips).to_pylist() if row["source"] == "0.mp4")
-    with Store.at(clips).path(shard_name(row["shard"])).open("r+b") as tar:
+    with Store.at(clips).path(row["tar"]).open("r+b") as tar:
         tar.seek(row["offset"])
         tar.write(bytes(row["size"]))
     loader = open_loader(clips, batch_size=14)

@@ -19,7 +19,7 @@ import pytest
 
 from pipeline import cutting, embedding, sharding, shards, tokenizing
 from pipeline.clips import ClipConfig
-from pipeline.dataset import read_rejects, write_meta
+from pipeline.dataset import read_index, read_rejects, write_meta
 from pipeline.embedding import EmbedSettings
 from pipeline.errors import BadVideo, ConfigError, DatasetError, OutputError, TransientIO
 from pipeline.internal import as_bad_video
@@ -61,12 +61,9 @@ def plant(
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    """Digests of the tars and of the index rows."""
-    found = {}
-    for path in sorted((folder / "shards").iterdir()):
-        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[f"rows of {path.name}"] = str(read_shard_rows(Store.at(folder), int(path.stem)))
-    return found
+    """Digests of the tars, and the index rows."""
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "shards").iterdir())}
+    return {**found, "rows": str(read_index(folder).to_pylist())}
 
 
 def check_rejects(folder: Path, source: str, num: int) -> None:

@@ -290,7 +290,7 @@ class TestWindowReader:
         folder = make_token_dataset(tmp_path / "many", [[2]] * 12)
         everything = np.arange(12)
         expected = WindowReader(folder, "all", (2, *GRID), PAD).read(everything, everything * 0)
-        monkeypatch.setattr(shard_files_module, "_MAX_OPEN_SHARDS", 3)
+        monkeypatch.setattr(shard_files_module, "_MAX_OPEN_TARS", 3)
         reader = WindowReader(folder, "all", (2, *GRID), PAD)
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         for _ in range(2):

@@ -16,7 +16,7 @@ from pipeline.ledger import Ledger
 from pipeline.loader import select_rows
 from pipeline.node_cache import CacheFull, NodeCache
 from pipeline.quality import QualityThresholds
-from pipeline.sample_index import SampleIndex, open_index
+from pipeline.sample_index import SampleIndex, name_tar, open_index
 from pipeline.storage import Store
 from tests.pipeline.datasets import GRID, add_codes, describe, make_codes, make_row, make_token_dataset, open_writer
 
@@ -55,12 +55,15 @@ def test_rows_are_those_of_the_dataset(
     monkeypatch.setattr(sample_index, "_SHARDS_AT_A_TIME", shards_at_a_time)
     index, table = open_it(folder, tmp_path / "cache"), read_index(folder)
     assert keys_of(index) == table["key"].to_pylist()
-    for name in ("offset", "num_frames", "shard"):
+    for name in ("offset", "num_frames"):
         np.testing.assert_array_equal(index.rows[name], table[name].to_numpy())
-    np.testing.assert_array_equal(index.shard_of_each, index.rows["shard"])
-    assert [shard.num_samples for shard in index.shards] == [3, 0, 2, 1]
-    assert [shard.tar_bytes for shard in index.shards] == [
-        (folder / f"shards/{shard:06d}.tar").stat().st_size for shard in range(4)
+    np.testing.assert_array_equal(index.shard_of_each, table["shard"].to_numpy())
+    assert [name_tar(number) for number in index.rows["tar"]] == table["tar"].to_pylist()
+    assert [(tar.shard, tar.split, tar.num_samples) for tar in index.tars] == [
+        (0, "train", 2), (0, "val", 1), (2, "train", 2), (3, "train", 1),
+    ]  # fmt: skip
+    assert [tar.tar_bytes for tar in index.tars] == [
+        (folder / name_tar(tar.number)).stat().st_size for tar in index.tars
     ]
     assert index.grids == (GRID,)
 
@@ -112,11 +115,11 @@ def test_an_empty_selection(folder: Path, tmp_path: Path) -> None:
 def test_a_mapped_index_is_not_evicted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for one index: the second comes when the first is let go."""
     monkeypatch.setattr(sample_index, "_ROOM_TIMEOUT_S", 0.0)
-    held = open_it(folder, tmp_path / "cache", "train", max_bytes=5500)
+    held = open_it(folder, tmp_path / "cache", "train", max_bytes=6300)
     with pytest.raises(CacheFull):
-        open_it(folder, tmp_path / "cache", "val", max_bytes=5500)
+        open_it(folder, tmp_path / "cache", "val", max_bytes=6300)
     del held
-    assert keys_of(open_it(folder, tmp_path / "cache", "val", max_bytes=5500)) == ["00000"]
+    assert keys_of(open_it(folder, tmp_path / "cache", "val", max_bytes=6300)) == ["00000"]
     assert cached(tmp_path / "cache") == 1
 
 

@@ -72,7 +72,7 @@ def assert_same_epoch(one: TokenLoader, other: TokenLoader) -> None:
 def test_same_batches_and_each_shard_fetched_once(server: ObjectServer, local: Path, tmp_path: Path) -> None:
     url = server.url("bucket/tokens")
     assert_same_epoch(open_loader(url, tmp_path / "cache"), open_loader(local, tmp_path / "cache"))
-    assert fetched(server) == {f"{shard:06d}.tar": 1 for shard in range(len(LENGTHS))}
+    assert fetched(server) == {f"train-{shard:06d}.tar": 1 for shard in range(len(LENGTHS))}
     server.requests.clear()
     again = open_loader(url, tmp_path / "cache")
     assert_same_epoch(again, open_loader(local, tmp_path / "cache"))
@@ -107,7 +107,7 @@ def test_shards_come_before_they_are_used_and_in_order(
     time.sleep(0.1)
     planned = loader._order.shards_ahead(0, 2)
     assert [len(block) for block in planned] == [2, 2]
-    assert list(fetched(server)) == [f"{shard:06d}.tar" for block in planned for shard in block]
+    assert list(fetched(server)) == [f"train-{shard:06d}.tar" for block in planned for shard in block]
 
 
 def test_a_short_answer_is_asked_for_again(server: ObjectServer, local: Path, tmp_path: Path) -> None:
@@ -124,16 +124,18 @@ def test_wrong_bytes_are_never_read(server: ObjectServer, local: Path, tmp_path:
     bad = bytearray(good)
     bad[640] ^= 1  # the first payload's first byte: after its header and that of .npy
     for step in range(7):
-        server.client.put_object(Bucket="bucket", Key="tokens/shards/000002.tar", Body=bytes(bad))
+        server.client.put_object(Bucket="bucket", Key="tokens/shards/train-000002.tar", Body=bytes(bad))
         loader = open_loader(server.url("bucket/tokens"), tmp_path / "cache")
         try:
             loader.batch(step)
         except DatasetError as error:
-            assert "000002.tar: the bytes of sample 00005 are not those that were committed, 3 times over" in str(error)
+            assert "train-000002.tar: the bytes of sample 00005 are not those that were committed, 3 times over" in str(
+                error
+            )
             break
     else:
         raise AssertionError("a damaged shard was read")
-    server.client.put_object(Bucket="bucket", Key="tokens/shards/000002.tar", Body=good)
+    server.client.put_object(Bucket="bucket", Key="tokens/shards/train-000002.tar", Body=good)
     assert torch.equal(loader.batch(step)["tokens"], open_loader(local, tmp_path / "local").batch(step)["tokens"])
 
 

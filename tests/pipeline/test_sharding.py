@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import pytest
 
+from pipeline import ffmpeg
 from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
 from pipeline.errors import ConfigError, TransientIO
@@ -118,6 +120,15 @@ class TestIdentity:
         with pytest.raises(ConfigError, match=r"clips\.window_s = 1\.0 \(now 3\.0\)"):
             create_or_resume(out, describe_clips(plan, changed), plan=plan.path)
 
+    def test_another_ffmpeg_is_named(self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two ffmpegs never write one dataset: not in two runs, and see `ffmpeg.require_identity` for two nodes."""
+        plan, out = make_plan(corpus, WINDOWS, tmp_path / "plan"), tmp_path / "out"
+        before = create_or_resume(out, describe_clips(plan, asdict(WINDOWS)), plan=plan.path)
+        assert before.decoder == ffmpeg.identity()
+        monkeypatch.setattr(ffmpeg, "identity", lambda: "ffmpeg 99")
+        with pytest.raises(ConfigError, match=rf"decoder = {re.escape(before.decoder)} \(now ffmpeg 99\)"):
+            create_or_resume(out, describe_clips(plan, asdict(WINDOWS)), plan=plan.path)
+
     def test_a_changed_input_is_named(self, corpus: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(corpus, tmp_path / "c")
         shard(folder, tmp_path / "out", ShardSettings())
@@ -157,7 +168,7 @@ class TestCopy:
     def test_videos_per_shard(self, corpus: Path, tmp_path: Path) -> None:
         for videos, expected in ((2, 3), (6, 1)):
             shard(corpus, tmp_path / str(videos), ShardSettings(videos_per_shard=videos))
-            assert len(list((tmp_path / str(videos) / "shards").iterdir())) == expected
+            assert len(list((tmp_path / str(videos) / "index").iterdir())) == expected
 
     def test_a_file_that_vanished(self, corpus: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(corpus, tmp_path / "c")

@@ -21,7 +21,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import shards
+from pipeline import shards, tar_writer
 from pipeline.dataset import committed_shards, create_or_resume, finish, read_index, read_rejects
 from pipeline.errors import DatasetError, TransientIO
 from pipeline.ledger import Ledger
@@ -93,11 +93,48 @@ class TestRoundTrip:
         finish(folder, meta, Ledger())
         assert list(verify(folder)) == []
         rows = read_index(folder).to_pylist()
-        samples = stream(shard_path(folder, 0))
+        samples = stream(shard_path(folder, 0)) if members else []
         assert [sample["bin"] for sample in samples] == members
         assert [json.loads(sample["json"]).get("caption") for sample in samples] == captions[: len(members)]
         assert [row["caption"] for row in rows] == captions[: len(members)]
         assert [read_payload(Store.at(folder), row) for row in rows] == members
+
+    def test_one_split_a_tar(self, tmp_path: Path) -> None:
+        """Whatever split was likely while a payload was copied: the tars are the same, and each holds its own."""
+        splits = ["train", "val", "val", "test", "train", "val"]
+        made = []
+        for likely in ("train", "val", "own"):
+            folder = tmp_path / likely
+            meta = create_or_resume(folder, describe("clips"))
+            writer = open_writer(folder, kind="clips")
+            for n, split in enumerate(splits):
+                row = make_clip_row(f"{n}-0", ext="bin", split=split)
+                with open_file(bytes([n]) * 700 * n) as file:
+                    guess = split if likely == "own" else likely
+                    writer.add_file(file, "bin", lambda digest, row=row: row, split=guess)
+            writer.commit(len(splits), [])
+            finish(folder, meta, Ledger())
+            assert list(verify(folder)) == []
+            made.append({path.name: path.read_bytes() for path in (folder / "shards").iterdir()})
+        assert made[0] == made[1] == made[2]
+        for split in ("train", "val", "test"):
+            lines = (folder / "splits" / f"{split}.txt").read_text().splitlines()
+            assert lines == [f"shards/{split}-000000.tar"]
+            found = {sample["__key__"]: sample["bin"] for sample in stream(folder / lines[0])}
+            assert found == {f"{n}-0": bytes([n]) * 700 * n for n, one in enumerate(splits) if one == split}
+        assert [read_payload(Store.at(folder), row)[:1] for row in read_index(folder).to_pylist()] == [
+            bytes([n])[: n > 0] for n in range(6)
+        ]
+
+    def test_a_split_that_is_gone(self, folder: Path) -> None:
+        """A shard that is made again leaves no tar of a split that it has no more."""
+        for split in ("val", "train"):
+            writer = open_writer(folder)
+            add_codes(writer, make_row("0-0", split=split), make_codes(0, 3))
+            writer.commit(1, [])
+            assert [path.name for path in (folder / "shards").iterdir()] == [f"{split}-000000.tar"]
+        with pytest.raises(DatasetError, match="a sample of split 'dev'; allowed: train, val, test"):
+            add_codes(open_writer(folder, 1), make_row("1-0", split="dev"), make_codes(0, 3))
 
     def test_the_tar_is_the_one_that_tarfile_writes(self, folder: Path) -> None:
         writer = open_writer(folder)
@@ -142,7 +179,7 @@ class TestRoundTrip:
         one, two = (make_token_dataset(tmp_path / name, [[3, 1], [2]]) for name in ("one", "two"))
         for path in sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file()):
             assert (one / path).read_bytes() == (two / path).read_bytes(), path
-        with tarfile.open(one / "shards" / "000000.tar") as tar:
+        with tarfile.open(one / "shards" / "train-000000.tar") as tar:
             assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
 
     def test_rows_are_sorted_by_key(self, folder: Path) -> None:
@@ -239,7 +276,7 @@ class TestAddFile:
         for one in (unbroken, writer):
             add(one, "2-0")
             one.commit(2, [])
-        for name in (shards.shard_name(0), shards.index_name(0)):
+        for name in (shards.tar_name(0, "train"), shards.index_name(0)):
             assert (tmp_path / "unbroken" / name).read_bytes() == (folder / name).read_bytes()
 
     def test_memory_does_not_grow_with_a_payload(self, folder: Path, tmp_path: Path) -> None:
@@ -261,9 +298,10 @@ class TestAddFile:
         size = 9 * 2**30 + 5
         writer = open_writer(folder)
         writer.add(make_row("0-0"), "bin", b"before")
-        writer._begin_member()
-        writer._file.seek(size, os.SEEK_CUR)
-        writer._end_member("1-0.bin", size)
+        tar = writer._tars["train"]
+        tar.begin()
+        tar._file.seek(size, os.SEEK_CUR)
+        tar.name_last("1-0.bin", size)
         writer.add(make_row("2-0"), "bin", b"after")
         writer.commit(2, [])
         with tarfile.open(shard_path(folder, 0)) as tar:
@@ -275,7 +313,7 @@ class TestAddFile:
             assert tar.extractfile("2-0.bin").read() == b"after"  # type: ignore[union-attr]
 
     def test_readers_know_the_large_header(self, folder: Path, payload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shards, "_USTAR_MAX_BYTES", 1000)
+        monkeypatch.setattr(tar_writer, "_USTAR_MAX_BYTES", 1000)
         writer = open_writer(folder, kind="clips")
         with payload.open("rb") as file:
             writer.add_file(file, "mp4", lambda digest: make_clip_row("0-0"))
@@ -297,7 +335,7 @@ class TestCommit:
         writer = self.write(folder)
         assert all(Path(name).name.startswith(".") for name in self.files(folder))
         writer.commit(2, [REJECT])
-        assert self.files(folder) == {"shards/000000.tar", "index/000000.parquet", "rejects/000000.parquet"}
+        assert self.files(folder) == {"shards/train-000000.tar", "index/000000.parquet", "rejects/000000.parquet"}
         assert list(read_rejects(folder)) == [REJECT]
 
     def test_the_index_comes_last(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,10 +348,10 @@ class TestCommit:
 
         monkeypatch.setattr(Path, "rename", rename)
         self.write(folder).commit(2, [REJECT])
-        assert order == ["shards/000000.tar", "rejects/000000.parquet", "index/000000.parquet"]
+        assert order == ["shards/train-000000.tar", "rejects/000000.parquet", "index/000000.parquet"]
 
     @pytest.mark.parametrize("again", [False, True])
-    @pytest.mark.parametrize("dies_at", ["000000.tar", "rejects/000000.parquet", "index/000000.parquet"])
+    @pytest.mark.parametrize("dies_at", ["train-000000.tar", "rejects/000000.parquet", "index/000000.parquet"])
     def test_dying_in_between(self, folder: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str, again: bool) -> None:
         """Whatever step is the last, the shard does not count (nor the one it replaces), and the next try writes it."""
         if again:
@@ -456,7 +494,7 @@ def test_read_payload_of_damaged_shards(folder: Path) -> None:
         np.frombuffer(read_payload(Store.at(folder), row), np.uint16), make_codes(0, 3).ravel()
     )
     os.truncate(path, row["offset"] + 7)
-    with pytest.raises(DatasetError, match=rf"shards/000000.tar: sample 0-0 ends after 7 of {row['size']} bytes"):
+    with pytest.raises(DatasetError, match=rf"shards/train-000000.tar: sample 0-0 ends after 7 of {row['size']} bytes"):
         read_payload(Store.at(folder), row)
     path.unlink()
     with pytest.raises(FileNotFoundError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import re
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline import tokenizing
+from pipeline import ffmpeg, tokenizing
 from pipeline.dataset import create_or_resume, finish, read_index, read_meta, read_rejects
 from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError, DatasetError, TransientIO
@@ -118,7 +119,7 @@ def test_a_missing_shard(clips: Path, tmp_path: Path) -> None:
     shard_path(clips, 0).unlink()
     assert tokenize(clips, tmp_path / "tokens").ledger.rejected == Counter({"unreadable": 3})
     (reject, *_) = read_rejects(tmp_path / "tokens")
-    assert "No such file" in reject.reason and "000000.tar" in reject.reason
+    assert "No such file" in reject.reason and "train-000000.tar" in reject.reason
 
 
 def test_a_full_disk_is_no_reject(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +136,7 @@ def test_a_full_disk_is_no_reject(clips: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_storage_that_fails_is_a_class_of_its_own(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(store: Store, row: dict[str, Any]) -> NoReturn:
-        raise TransientIO("s3://bucket/x: reading shards/000000.tar: failed 5 times")
+        raise TransientIO("s3://bucket/x: reading shards/train-000000.tar: failed 5 times")
 
     monkeypatch.setattr(tokenizing, "read_payload", fail)
     outcome = decode_clip(Store.at(clips), read_index(clips).to_pylist()[0], SETTINGS)
@@ -254,6 +255,12 @@ class TestSettings:
         patient = {**asdict(SETTINGS), "limits": asdict(FfmpegLimits(timeout_s=999))}
         assert describe_tokens(meta, patient, TOKENIZER) == described[0]
         assert {m.parent_fingerprint for m in described} == {meta.fingerprint}
+
+    def test_another_ffmpeg_is_named(self, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = create_or_resume(tmp_path, describe_tokens(read_meta(clips), asdict(SETTINGS), TOKENIZER))
+        monkeypatch.setattr(ffmpeg, "identity", lambda: "ffmpeg 99")
+        with pytest.raises(ConfigError, match=rf"decoder = {re.escape(before.decoder)} \(now ffmpeg 99\)"):
+            create_or_resume(tmp_path, describe_tokens(read_meta(clips), asdict(SETTINGS), TOKENIZER))
 
     def test_two_tokenizers_never_mix(self, clips: Path, tmp_path: Path) -> None:
         tokenize(clips, tmp_path)

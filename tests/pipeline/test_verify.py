@@ -99,8 +99,8 @@ class TestDamage:
     @pytest.mark.parametrize("place", [0, 20, -1])
     def test_flipped_byte(self, folder: Path, place: int) -> None:
         before, row = contents(folder), read_index(folder).to_pylist()[1]
-        flip(folder / "shards" / "000000.tar", row["offset"] + place % row["size"])
-        find(folder, (f"shards/000000.tar: the bytes of sample {row['key']} are not the ones", 0))
+        flip(folder / "shards" / "train-000000.tar", row["offset"] + place % row["size"])
+        find(folder, (f"shards/train-000000.tar: the bytes of sample {row['key']} are not the ones", 0))
         with pytest.raises(DatasetError, match=row["key"]):
             read_payload(Store.at(folder), row)
         heal(folder, before, 0)
@@ -109,12 +109,12 @@ class TestDamage:
     def test_flipped_byte_in_the_json(self, folder: Path, place: int) -> None:
         """Readers of plain WebDataset take captions and splits from there."""
         row = read_index(folder).to_pylist()[1]
-        flip(folder / "shards" / "000000.tar", row["json_offset"] + place)
+        flip(folder / "shards" / "train-000000.tar", row["json_offset"] + place)
         find(folder, (f"the JSON of sample {row['key']}", 0))
 
     def test_every_byte_counts(self, folder: Path) -> None:
         """Headers of the tar and of the arrays, padding, the end: what no hash covers."""
-        path = folder / "shards" / "000001.tar"
+        path = folder / "shards" / "train-000001.tar"
         data = path.read_bytes()
         for place in range(0, len(data), 127):
             path.write_bytes(data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
@@ -123,23 +123,23 @@ class TestDamage:
 
     @pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
     def test_truncated_tar(self, folder: Path, kept: float) -> None:
-        before, path = contents(folder), folder / "shards" / "000001.tar"
+        before, path = contents(folder), folder / "shards" / "train-000001.tar"
         os.truncate(path, int(path.stat().st_size * kept))
         found = list(verify(folder))
         assert any("were committed" in problem.text for problem in found)
-        assert all("000001.tar" in problem.text and problem.shard == 1 for problem in found)
+        assert all("train-000001.tar" in problem.text and problem.shard == 1 for problem in found)
         heal(folder, before, 1)
 
     def test_longer_tar(self, folder: Path) -> None:
-        with (folder / "shards" / "000001.tar").open("ab") as tar:
+        with (folder / "shards" / "train-000001.tar").open("ab") as tar:
             tar.write(bytes(10240))
         found = list(verify(folder))
         assert any("were committed" in problem.text for problem in found)
 
     def test_missing_tar(self, folder: Path) -> None:
         before = contents(folder)
-        (folder / "shards" / "000001.tar").unlink()
-        find(folder, ("shards/000001.tar: missing", 1))
+        (folder / "shards" / "train-000001.tar").unlink()
+        find(folder, ("shards/train-000001.tar: missing", 1))
         heal(folder, before, 1)
 
     @pytest.mark.parametrize("what", [b"PAR1 no", b"", None])
@@ -179,13 +179,14 @@ class TestDamage:
         find(
             folder,
             ("index/000000.parquet: 2 rows; its books say 3", 0),
+            ("index/000000.parquet: keys or hashes are not", 0),
             ("its end is not the one", 0),
         )
         heal(folder, before, 0)
 
     def test_the_first_row_was_dropped(self, folder: Path) -> None:
         rewrite_index(folder, 0, lambda rows: rows.pop(0))
-        find(folder, ("2 rows; its books say 3", 0), ("not the samples of its index", 0))
+        find(folder, ("2 rows; its books say 3", 0), ("keys or hashes", 0), ("not the samples of its index", 0))
 
     def test_a_row_was_changed(self, folder: Path) -> None:
         before = contents(folder)
@@ -203,8 +204,8 @@ class TestDamage:
 class TestFiles:
     def test_missing_shard(self, folder: Path) -> None:
         before = contents(folder)
-        for part in ("shards/000001.tar", "index/000001.parquet", "rejects/000001.parquet"):
-            (folder / part).unlink()
+        for path in folder.glob("*/*000001.*"):
+            path.unlink()
         find(folder, ("shard 000001 is missing", 1), ("the files say", None))
         heal(folder, before, 1)
 
@@ -214,18 +215,19 @@ class TestFiles:
         find(
             folder,
             ("shard 000001 is missing", 1),
-            ("shards/000001.tar: no index counts it", None),
+            ("shards/train-000001.tar: no index counts it", None),
+            ("shards/val-000001.tar: no index counts it", None),
             ("rejects/000001.parquet: no index counts it", None),
             ("the files say", None),
         )
         heal(folder, before, 1)
 
     def test_strays(self, folder: Path) -> None:
-        shutil.copy(folder / "shards" / "000000.tar", folder / "shards" / "000002.tar")
+        shutil.copy(folder / "shards" / "train-000000.tar", folder / "shards" / "train-000002.tar")
         shutil.copy(folder / "rejects" / "000000.parquet", folder / "rejects" / "000002.parquet")
         (folder / "shards" / ".000003.77.tmp").write_bytes(b"half")
         found = find(
-            folder, ("shards/000002.tar: no index counts it", None), ("rejects/000002.parquet: no index", None)
+            folder, ("shards/train-000002.tar: no index counts it", None), ("rejects/000002.parquet: no index", None)
         )
         with pytest.raises(ConfigError, match="no shard is at fault"):
             repair(folder, found)
@@ -233,20 +235,21 @@ class TestFiles:
     def test_foreign_index(self, folder: Path, tmp_path: Path) -> None:
         before = contents(folder)
         other = make_token_dataset(tmp_path / "other", [[3], [3, 3]], fingerprint="e" * 32)
-        for part in ("index/000001.parquet", "shards/000001.tar"):
+        for part in ("index/000001.parquet", "shards/train-000001.tar"):
             shutil.copy(other / part, folder / part)
         find(
             folder, ("foreign, of dataset eeee", 1), ("the files say", None), ("rejects/000001.parquet: the index says", 1),
-            ("stands in shard", None),
+            ("stands in shard", None), ("val-000001.tar: no index", None), ("its shards are not those", None),
         )  # fmt: skip
         heal(folder, before, 1)
 
     def test_a_shard_too_many(self, folder: Path) -> None:
         before = contents(folder)
-        for part, suffix in (("index", "parquet"), ("shards", "tar"), ("rejects", "parquet")):
-            shutil.copy(folder / part / f"000001.{suffix}", folder / part / f"000007.{suffix}")
+        for path in list(folder.glob("*/*000001.*")):
+            shutil.copy(path, path.with_name(path.name.replace("000001", "000007")))
         find(
             folder, ("shard 000007 is foreign, the plan has 2", 7), ("the files say", None), ("a duplicate", None),
+            ("index/000007.parquet: of shard 000001, which was put in its place", 7), ("its shards are not those", None),
         )  # fmt: skip
         assert repair(folder, list(verify(folder))) == [7]
         assert list(verify(folder)) == [] and contents(folder) == before
@@ -273,6 +276,30 @@ class TestFiles:
         (clips / "index" / "000000.parquet").write_bytes(b"no")
         (problem,) = verify(folder, clips)  # the clips are at fault, so making tokens again would not help
         assert problem.shard is None and "clips/index/000000.parquet is no tokenreel index" in problem.text
+
+    def test_shards_that_were_exchanged(self, folder: Path) -> None:
+        """Each is whole, and not the one that was committed under its number."""
+        before = contents(folder)
+        for path in list(folder.glob("*/*000000.*")):
+            path.rename(path.with_name(path.name.replace("000000", "000009")))
+        for old, new in (("000001", "000000"), ("000009", "000001")):
+            for path in list(folder.glob(f"*/*{old}.*")):
+                path.rename(path.with_name(path.name.replace(old, new)))
+        find(
+            folder, ("of shard 000001, which was put in its place", 0), ("of shard 000000, which was put", 1),
+            ("its shards are not those that dataset.json sums up", None),
+        )  # fmt: skip
+        heal(folder, before, 0, 1)
+
+    def test_lists_of_tars(self, folder: Path) -> None:
+        before = contents(folder)
+        assert before["splits/train.txt"] == b"shards/train-000000.tar\nshards/train-000001.tar\n"
+        assert before["splits/val.txt"] == b"shards/val-000001.tar\n"
+        (folder / "splits" / "val.txt").write_bytes(before["splits/train.txt"])
+        (folder / "splits" / "test.txt").write_bytes(b"x")
+        find(folder, ("splits/val.txt: not the tars of split val", None), ("splits/test.txt: not the tars", None))
+        finish(folder, read_meta(folder), PLAN_BOOKS)
+        assert contents(folder) == before
 
 
 class TestClashes:

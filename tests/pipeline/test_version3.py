@@ -32,14 +32,13 @@ def version3(tmp_path: Path) -> Path:
 def test_columns_that_the_format_lacked_are_null(version3, kind, columns, monkeypatch):
     newer = {name: one.append(schema.pa.field("new", schema.pa.int32())) for name, one in _schemas().items()}
     monkeypatch.setattr("pipeline.shards.INDEX_SCHEMAS", newer)
-    monkeypatch.setitem(_types(), "new", schema.pa.int32())
     store = Store.at(version3 / kind)
     rows = read_shard_rows(store, 0)
-    assert set(rows[0]) == {*columns, "new", "shard"}
+    assert set(rows[0]) == {*columns, "new", "shard", "tar"}
     assert [row["new"] for row in rows] == [None] * len(rows)
     assert read_index(store)["new"].null_count == len(rows)
     assert read_index(store, ["key", "new"])["new"].null_count == len(rows)
-    assert read_shard_columns(store, 0, ["new", "key"])[1].column_names == ["new", "key"]
+    assert read_shard_columns(store, 0, ["new", "key"])[1].column_names == ["new", "key", "shard", "tar"]
     for row in rows:
         assert len(read_payload(store, row)) == row["size"]
 
@@ -48,12 +47,6 @@ def _schemas():
     from pipeline import shards
 
     return shards.INDEX_SCHEMAS
-
-
-def _types():
-    from pipeline import shards
-
-    return shards._TYPES
 
 
 def test_the_loaders_read_one_split_of_its_mixed_shards(version3, tmp_path):
