@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.corpus import Examine, make_examine, reject
+from pipeline.manifest import MAX_SIZE_BYTES
 from pipeline.spill import Spill, is_new
 from pipeline.storage import Entry, Store
 
@@ -32,7 +33,8 @@ class Totals:
 def order_rows(rows: Spill, store: Store, path: Path, *, need_sizes: bool) -> Totals:
     """Write the rows to `path`, an Arrow stream sorted by hash and path; no video is in two of its batches.
 
-    A row that names what an earlier one names, and a file that is missing or leads out, is rejected. Local files are
+    A row that names what an earlier one names, and a file that is missing, leads out, or states a size that none has, is
+    rejected. Local files are
     all looked at; those of an object store only if `need_sizes` and the manifest gives none.
     """
     examine = make_examine(store.path()) if store.is_local else partial(_ask, store) if need_sizes else None
@@ -94,7 +96,8 @@ def _examine_files(table: pa.Table, examine: Examine, pool: ThreadPoolExecutor, 
     results = [result for chunk in found for result in chunk]
     index = pa.array(np.searchsorted(asked, video), mask=~wanted)
     entries = [result if isinstance(result, Entry) else None for result in results]
-    refusals = [result if isinstance(result, tuple) else (None, None) for result in results]
+    refusals = [_refusal(result) for result in results]
+    entries = [entry if refused[0] is None else None for entry, refused in zip(entries, refusals, strict=True)]
     for name, values in (
         ("size_bytes", [entry and entry.size_bytes for entry in entries]),
         ("mtime_ns", [entry and (entry.mtime_ns or None) for entry in entries]),
@@ -103,6 +106,14 @@ def _examine_files(table: pa.Table, examine: Examine, pool: ThreadPoolExecutor, 
         table = table.set_column(table.schema.get_field_index(name), name, column)
     classes, reasons = (pa.array([r[i] for r in refusals], pa.string()).take(index) for i in (0, 1))
     return reject(table, pc.is_valid(classes), classes, reasons)
+
+
+def _refusal(found: Entry | tuple[str, str]) -> tuple[str, str] | tuple[None, None]:
+    if not isinstance(found, Entry):
+        return found
+    if (found.size_bytes or 0) > MAX_SIZE_BYTES:  # a sparse file, or what a server says
+        return "too-large", f"states a size of {found.size_bytes} bytes; at most {MAX_SIZE_BYTES} can be planned"
+    return None, None
 
 
 def _cut(paths: list[str], size: int = 256) -> Iterator[list[str]]:

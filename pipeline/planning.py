@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from pipeline.corpus import open_corpus, reject
 from pipeline.duplicates import find_duplicates
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.plan_file import PLAN_NAME, TableDigest, TableWriter
 from pipeline.plan_order import Totals, first_rows, order_rows, read_ordered
@@ -100,6 +100,7 @@ def plan_shards(
 
     Raises:
         ConfigError: there is no such corpus, it is empty, or it does not fit the settings.
+        DatasetError: a row that was read is neither in the plan nor rejected.
         TransientIO: the storage failed on every attempt.
     """
     opened = open_corpus(corpus, root=root, include=settings.include, spans=settings.clips.mode == "manifest")
@@ -135,6 +136,10 @@ def plan_shards(
             digests[0].update(good)
             digests[1].update(rejects)
             num_inputs += len(good)
+        if num_inputs + rejected.total() != num_rows:
+            raise DatasetError(
+                f"corpus {corpus}: {num_rows} rows were read, but {num_inputs} planned and {rejected.total()} rejected"
+            )
         writer.close()
         bad.close()
         (scratch / PLAN_NAME).replace(workdir / PLAN_NAME)

@@ -103,7 +103,9 @@ class TestAllFormats:
             ("start_s = -1", "end_s = nan", "end_s = inf", "end_s = 1e999", "start_s = 1:30", "size_bytes = -5"),
             strict=True,
         ):
-            assert found[index] == f"row {index + 1} has {text}; it must be a number of 0 or more"
+            assert found[index] is not None and found[index].startswith(
+                f"row {index + 1} has {text}; it must be a number from 0 to "
+            )
         assert found[10] == "row 11 names a video of more than 4096 bytes"
 
     def test_missing_column(self, tmp_path: Path, suffix: str) -> None:
@@ -134,7 +136,10 @@ class TestTxt:
         (tmp_path / "m.txt").write_bytes(b"a\n\xff\n" + long + b"\nb\n" + long)
         assert good(tmp_path / "m.txt") == ["a", "b"]
         found = reasons(tmp_path / "m.txt")
-        assert found[1] == "row 2 is not UTF-8" and found[2] == f"row 3 is longer than {MAX_ROW_BYTES} bytes"
+        assert (
+            found[1] == "row 2 is not UTF-8; save the file as UTF-8"
+            and found[2] == f"row 3 is longer than {MAX_ROW_BYTES} bytes"
+        )
 
     def test_an_endless_line_takes_no_memory(self, tmp_path: Path) -> None:
         with (tmp_path / "m.txt").open("wb") as file:
@@ -158,26 +163,73 @@ class TestCsv:
             b'c,"' + b"x" * 200_000 + b'"',
             b"," * 2_000_000,
             b"d,2\r",
-            b'e,"never closed',
         ]
         (tmp_path / "m.csv").write_bytes(b"\n".join(lines))
-        assert good(tmp_path / "m.csv") == ["a", "b", "d", "e"]
+        assert good(tmp_path / "m.csv") == ["a", "c", "d"]
         found = [reason for reason in reasons(tmp_path / "m.csv") if reason]
         expected = [
             "row 2 has 3 values; the header names 2 columns",
             "row 3 has 1 values",
+            "row 4 has a NUL character in its video, caption or label",
             "row 5 is no CSV: new-line",
             "row 6 is not UTF-8",
-            "row 7 is no CSV: field larger",
             f"row 8 is longer than {MAX_ROW_BYTES} bytes",
         ]
         assert [reason[: len(start)] for reason, start in zip(found, expected, strict=True)] == expected
 
-    def test_a_quote_that_stays_open_costs_a_bounded_part(self, tmp_path: Path) -> None:
-        lines = [b"video,caption", b'a,"open', *(f"{n:06d},x".encode() for n in range(50_000))]
-        (tmp_path / "m.csv").write_bytes(b"\n".join(lines))
-        found = good(tmp_path / "m.csv")
-        assert found[-1] == "049999" and len(found) > 30_000
+    @pytest.mark.parametrize(
+        ("lines", "line"),
+        [
+            (
+                ['a.mp4,"she said ""hi"",2', "b.mp4,a dog,3", 'c.mp4,"quoted end",5', "d.mp4,last,6"],
+                2,
+            ),  # one quote too few
+            (
+                ["a.mp4,first,1", 'b.mp4,"open quote,2', 'c.mp4,"third",3', "d.mp4,fourth,4"],
+                3,
+            ),  # closed by the next one
+            (["a.mp4,first,1", 'b.mp4,"never closed,2'], 3),
+            (['a.mp4,"two\nlines",1', "b.mp4,x,1", 'c.mp4,"open,2', "d.mp4,x,3"], 5),
+            (['a.mp4,"two,1', 'b.mp4,two",2'], 2),  # as many values as there are columns
+            (['a.mp4,"open,1', *(f"{n:06d}.mp4,x,1" for n in range(100_000))], 2),
+        ],
+    )
+    def test_a_quote_that_is_not_closed(self, tmp_path: Path, lines: list[str], line: int) -> None:
+        """It would swallow rows, and give one video the label of another: the manifest is refused by its line."""
+        (tmp_path / "m.csv").write_text("\n".join(["video,caption,label", *lines]))
+        with pytest.raises(ConfigError, match=rf"m\.csv in .*: a quote that opens in line {line} is not closed"):
+            read(tmp_path / "m.csv")
+
+    def test_line_breaks_within_quotes_are_kept_and_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "m.csv").write_text('video,caption\na.mp4,"a dog, running\nfast, then ""slow""\r\n"\nb.mp4,x\n')
+        assert [row["caption"] for row in read(tmp_path / "m.csv")] == ['a dog, running\nfast, then "slow"\r\n', "x"]
+        assert "1 rows have a line break within quotes" in caplog.text
+
+    def test_labels_that_look_like_floats_are_kept_and_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "m.csv").write_text("video,label\na.mp4,1.0\nb.mp4,\n")
+        assert [row["label"] for row in read(tmp_path / "m.csv")] == ["1.0", None]
+        assert "texts such as '1.0' are labels as they are" in caplog.text
+
+    def test_a_quote_in_the_middle_of_a_value_costs_its_row(self, tmp_path: Path) -> None:
+        (tmp_path / "m.csv").write_text('video,caption\na.mp4,"x"y\nb.mp4,x"y\n')
+        assert good(tmp_path / "m.csv") == ["b.mp4"]
+        assert "has a quote in the middle of a value" in str(reasons(tmp_path / "m.csv")[0])
+
+    @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", ", "])
+    @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r\n\r\n \r\n"])
+    def test_dialects(self, tmp_path: Path, delimiter: str, ending: str) -> None:
+        """Other delimiters, a header in other case, blanks after commas, a byte-order mark, blank last lines."""
+        rows = [["Caption", "VIDEO", "Label", "Start_s", "camera"], ['"a, b"', "x y.mp4", "cat ", ".2", "North"]]
+        text = "\r\n".join(delimiter.join(row) for row in rows) + ending
+        (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        (row,) = read(tmp_path / "m.csv")
+        assert [row[name] for name in ("path", "caption", "label", "start_s", "extra", "reject_class")] == [
+            "x y.mp4", "a, b", "cat", 0.2, '{"camera":"North"}', None,
+        ]  # fmt: skip
 
     @pytest.mark.parametrize(
         ("header", "message"),
@@ -186,7 +238,9 @@ class TestCsv:
             (b"video," + b",".join(b"%d" % n for n in range(MAX_COLUMNS)), f"{MAX_COLUMNS + 1} columns"),
             (b"video" + b"," * 2_000_000, "header is longer"),
             (b"video,\xff", "header is not UTF-8"),
-            (b"video\ra", "header: "),
+            (b"video\ra", "header: .*LF or CRLF"),
+            (b"video,Video ", "twice"),
+            (b"Path;Label", r"\['Path', 'label'\]; a column 'video' is needed"),
             (b"", "'video' is needed"),
         ],
     )
@@ -207,8 +261,8 @@ class TestJsonl:
             "no": None,
         }
         found = read(write(tmp_path / "m.jsonl", [row]))[0]
-        assert (found["label"], found["caption"]) == ("7", '["x","y"]')
-        assert found["extra"] == '{"deep":{"a":"é","b":[1.5,null]},"n":1}'
+        assert (found["label"], found["caption"]) == ("7", "x")
+        assert found["extra"] == '{"captions":["x","y"],"deep":{"a":"é","b":[1.5,null]},"n":1}'
 
     def test_hostile_rows(self, tmp_path: Path) -> None:
         lines = [
@@ -229,12 +283,41 @@ class TestJsonl:
             '{"video": "i", "size_bytes": 1.5}',
             '{"video": "j", "caption": "' + "x" * MAX_ROW_BYTES + '"}',
             '{"video": "k", "x": 1e999}',
+            '{"video": "l", "label": ["cat", "dog"]}',
+            '{"video": "m", "label": {"cat": 1}}',
+            '{"video": "n", "caption": ["x", 5]}',
+            '{"video": "o", "caption": {"en": "x"}}',
+            '{"video": "p", "caption": ["x", "y"], "captions": 1}',
+            '{"video": "q", "caption": "nul\\u0000"}',
         ]
         (tmp_path / "m.jsonl").write_text("\n".join(lines))
         assert good(tmp_path / "m.jsonl") == ["a", "k"]
         found = reasons(tmp_path / "m.jsonl")
         assert found[4] == "row 5 names a video that is not text" and found[2] == "row 3 is no JSON object"
-        assert read(tmp_path / "m.jsonl")[-1]["extra"] == '{"x":null}'
+        assert read(tmp_path / "m.jsonl")[16]["extra"] == '{"x":null}'
+        wrong = [
+            "has a label that is neither a text nor a number",
+            "has a label that is neither a text nor a number",
+            "has a caption that is neither a text nor a list of texts",
+            "has a caption that is neither a text nor a list of texts",
+            "has several captions, and a column 'captions' besides; rename that",
+            "has a NUL character in its video, caption or label; remove it",
+        ]
+        assert found[17:] == [f"row {row} {reason}" for row, reason in enumerate(wrong, 18)]
+
+    def test_names_in_another_case(self, tmp_path: Path) -> None:
+        lines = [
+            '\ufeff{"Video": "a.mp4", " LABEL ": 3.0, "Camera": "x"}',
+            "",
+            '{"video": "b.mp4", "label": "x "}',
+            "  ",
+        ]
+        (tmp_path / "m.jsonl").write_text("\r\n".join(lines))
+        rows = read(tmp_path / "m.jsonl")
+        assert [(row["path"], row["label"], row["extra"]) for row in rows] == [
+            ("a.mp4", "3", '{"Camera":"x"}'),
+            ("b.mp4", "x", None),
+        ]
 
     def test_every_reason_can_be_stored(self, tmp_path: Path) -> None:
         (tmp_path / "m.jsonl").write_bytes(b'{"video": "\\udc80", "x": 1}\n\xff\xfe\n{"\\ud800": 1}\n')
@@ -274,6 +357,29 @@ class TestParquet:
         }
         assert rows[1]["extra"] == '{"bytes":"ok","real":0.5}'
 
+    def test_labels_with_gaps_and_lists_of_captions(self, tmp_path: Path) -> None:
+        """A gap makes floats of a column of integers: labels 1, 2 and not 1.0, 2.0."""
+        table = pa.table(
+            {
+                "Video": ["a", "b", "c", "d"],
+                "label": pa.array([1.0, None, 2.0, float("nan")]),
+                "caption": [["one", "two"], ["one"], [], None],
+                "kind": pa.array([1, 2, 1, None]).dictionary_encode(),
+                "end_s": pa.array([3.0, None, 2.5, None], pa.float32()),
+            }
+        )
+        pq.write_table(table, tmp_path / "m.parquet")
+        rows = read(tmp_path / "m.parquet")
+        assert [row["label"] for row in rows] == ["1", None, "2", None]
+        assert [row["caption"] for row in rows] == ["one", "one", None, None]
+        assert [row["extra"] for row in rows] == [
+            '{"captions":["one","two"],"kind":1}',
+            '{"kind":2}',
+            '{"kind":1}',
+            None,
+        ]
+        assert [row["end_s"] for row in rows] == [3.0, None, 2.5, None]
+
     @pytest.mark.parametrize("values", [[1], [[1]], [b"a"], [True]])
     def test_a_video_column_of_another_type(self, tmp_path: Path, values: list[Any]) -> None:
         pq.write_table(pa.table({"video": values}), tmp_path / "m.parquet")
@@ -310,6 +416,38 @@ class TestParquet:
         (tmp_path / "m.parquet").write_bytes(data)
         with pytest.raises(ConfigError, match="cannot be read"):
             read(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_utf_16(tmp_path: Path, suffix: str, encoding: str) -> None:
+    (tmp_path / f"m{suffix}").write_text("video\na.mp4\n", encoding=encoding)
+    if encoding == "utf-16":
+        with pytest.raises(ConfigError, match="is UTF-16; save it as UTF-8"):
+            read(tmp_path / f"m{suffix}")
+    elif suffix == ".csv":
+        with pytest.raises(ConfigError, match="'video' is needed"):
+            read(tmp_path / f"m{suffix}")
+    else:
+        assert good(tmp_path / f"m{suffix}") == []
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "size_bytes", "is_good"),
+    [
+        ("0", "1e9", "1", True), ("0", "1e99", "1", False), ("0", "1000000001", "1", False), ("-0.5", "1", "1", False),
+        ("nan", "1", "1", False), ("0", "1", "8796093022208", True), ("0", "1", "8796093022209", False),
+        ("0", "1", "999999999999999999", False), (".5", "1.", "0", True), ("0", "+1", "0", False),
+    ],
+)  # fmt: skip
+def test_bounds(tmp_path: Path, suffix: str, start_s: str, end_s: str, size_bytes: str, is_good: bool) -> None:
+    """Numbers that do not fit where they go cost their row: keys in milliseconds, sums in 64 bits."""
+    row = {"video": "a", "start_s": start_s, "end_s": end_s, "size_bytes": size_bytes}
+    (found,) = read(write(tmp_path / f"m{suffix}", [row]))
+    assert (found["reject_class"] is None) == is_good
+    if is_good:
+        assert (found["start_s"], found["end_s"]) == (float(start_s), float(end_s))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".txt"])

@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -104,6 +106,41 @@ class TestFolder:
         os.utime(path, ns=(1, 1_234_567_890_123_456_789))
         plan = make_plan(path.parent, tmp_path / "w")
         assert shards_of(plan) == [[VideoRef(path="a.mp4", size_bytes=5, mtime_ns=1_234_567_890_123_456_789)]]
+
+    @pytest.mark.parametrize(("year", "bound"), [(2400, 2**63 - 1), (1600, -(2**63)), (1902, None)])
+    @pytest.mark.parametrize("is_named", [False, True])
+    def test_times_that_64_bits_have_no_number_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, year: int, bound: int | None, is_named: bool
+    ) -> None:
+        """Nanoseconds reach from 1677 to 2262; a file system and a server may state any other time."""
+        corpus = tmp_path / "c"
+        corpus.mkdir()
+        time_ns = int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * 10**9
+        for name in ("a.mp4", "b.mp4"):
+            (corpus / name).write_bytes(b"1")
+        (corpus / "m.csv").write_text("video\na.mp4\nb.mp4\n")
+        original = os.lstat
+
+        def dated(path: Any, **options: Any) -> Any:  # not every file system has such times
+            status = original(path, **options)
+            if not str(path).endswith("a.mp4"):
+                return status
+            return SimpleNamespace(st_mode=status.st_mode, st_size=status.st_size, st_mtime_ns=time_ns)
+
+        monkeypatch.setattr(os, "lstat", dated)
+        plan = make_plan(corpus / "m.csv" if is_named else corpus, tmp_path / "plan", Settings(include="*.mp4"))
+        times = {ref.path: ref.mtime_ns for shard in shards_of(plan) for ref in shard}
+        assert times.keys() == {"a.mp4", "b.mp4"} and times["a.mp4"] == (bound or time_ns)
+
+    def test_a_file_of_a_size_that_none_has(self, tmp_path: Path) -> None:
+        (tmp_path / "c").mkdir()
+        for name, size in (("a.mp4", 1), ("b.mp4", 2**43 + 1)):
+            with (tmp_path / "c" / name).open("wb") as file:
+                file.truncate(size)
+        plan = make_plan(tmp_path / "c", tmp_path / "plan")
+        (reject,) = rejects_of(plan)
+        assert (reject["path"], reject["reject_class"]) == ("b.mp4", "too-large")
+        assert paths_of(plan) == ["a.mp4"] and plan.num_bytes == 1
 
     def test_the_order_of_the_file_system_does_not_count(self, tmp_path: Path) -> None:
         names = [f"{n % 5}/{n}.mp4" for n in range(60)]
