@@ -131,7 +131,7 @@ def _numbers(texts: pa.Array, name: str, pattern: str, reason: pa.Array) -> tupl
     good = pc.match_substring_regex(trimmed, pattern)
     most: float = MAX_SIZE_BYTES if name == "size_bytes" else MAX_TIME_S
     why = pc.binary_join_element_wise(
-        f"has {name} = ", pc.utf8_slice_codeunits(texts, 0, 40), f"; it must be a number from 0 to {most:g}", ""
+        f"has {name} = ", pc.utf8_slice_codeunits(texts, 0, 40), f"; it must be a number from 0 to {most:.0f}", ""
     )
     numbers = pc.cast(pc.if_else(good, trimmed, None), ROWS.field(name).type)
     good = pc.and_(good, pc.fill_null(pc.less_equal(numbers, most), True))
