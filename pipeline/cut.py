@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import IO, Protocol
 
 from pipeline.clips import ClipConfig
+from pipeline.display import DisplayConfig
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import VideoInfo
@@ -25,6 +26,8 @@ class CutSettings(Protocol):
     def transcode(self) -> TranscodeConfig: ...
     @property
     def audio(self) -> bool: ...
+    @property
+    def display(self) -> DisplayConfig: ...
     @property
     def quality(self) -> QualityConfig: ...
     @property

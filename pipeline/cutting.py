@@ -74,7 +74,7 @@ def _cut(file: IO[bytes], info: VideoInfo, spans: Sequence[ClipSpan] | None, set
             for shot in encode_shots(file, info, settings):
                 yield _keep(replace(shot, filtered=too_short(shot.span, settings)), settings)
             return
-        watched = watch_file(file, info, settings.clips.cut_threshold, settings.limits)
+        watched = watch_file(file, info, settings.clips.cut_threshold, settings.limits, settings.display)
         duration_s, frame_s = watched.num_frames / watched.rate_hz, 1 / watched.rate_hz
         spans = plan_clips(duration_s, settings.clips, watched.cuts_s, frame_s)
     else:
@@ -125,8 +125,10 @@ def _remux(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) ->
 
 def _transcode(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Cut:
     span = cut.span
-    watch = Watch(info, span.duration_s, settings.clips.cut_threshold) if settings.quality.score else None
-    clip, stored = transcode_span(file, info, span, settings.transcode, settings.limits, settings.audio, watch)
+    watch, display = None, settings.display
+    if settings.quality.score:
+        watch = Watch(info, span.duration_s, settings.clips.cut_threshold, display=display)
+    clip, stored = transcode_span(file, info, span, settings.transcode, settings.limits, settings.audio, watch, display)
     scores = watch.scores() if watch else None
     if _is_whole(span, info):
         _require_reach(stored.duration_s, info)
@@ -136,7 +138,7 @@ def _transcode(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings
 def _score(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Scores:
     """Scores of a stored file, in a pass of its own, which checks a whole video on the way."""
     part = replace(info, duration_s=cut.span.duration_s)
-    watched = watch_file(file, part, settings.clips.cut_threshold, settings.limits)
+    watched = watch_file(file, part, settings.clips.cut_threshold, settings.limits, settings.display)
     end_s = watched.num_frames / watched.rate_hz
     if _is_whole(cut.planned, info):
         _require_reach(end_s, info)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
 import ffmpeg as ffmpeg_python
 import numpy as np
 
 from pipeline import ffmpeg
+from pipeline.display import PLAIN, DisplayConfig, Picture, deinterlacing, tone_mapping
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.packets import PacketTimes
@@ -47,6 +48,9 @@ class FrameConfig:
     """exact: every frame as the codec defines it. fast: frames that no other frame needs are left out, and the loop
     filter with them: quicker, a little off, and another dataset. `tokenreel bench decode` measures both."""
 
+    display: DisplayConfig = field(default_factory=DisplayConfig)
+    """Of clips that were copied or remuxed; a transcoded clip is as the shard job's display has made it."""
+
     def __post_init__(self) -> None:
         if not 0 < self.fps < math.inf:
             raise ConfigError(f"frames.fps = {self.fps}: must be more than 0, and finite")
@@ -60,10 +64,12 @@ class FrameConfig:
             raise ConfigError(f"frames.decode = {self.decode!r}: allowed are exact, fast")
 
 
-def decode_frames(source: IO[bytes], duration_s: float, config: FrameConfig, limits: FfmpegLimits) -> np.ndarray:
+def decode_frames(
+    source: IO[bytes], duration_s: float, config: FrameConfig, limits: FfmpegLimits, picture: Picture = PLAIN
+) -> np.ndarray:
     """Frames of a whole clip as uint8 RGB (t h w c), at `config.fps` from `config.start_s` on; see `iter_frames`."""
     crop = Crop(size_px=config.size_px, scaled_px=config.size_px)
-    ((frames,),) = iter_frames(source, duration_s, config, [crop], limits)
+    ((frames,),) = iter_frames(source, duration_s, config, [crop], limits, picture=picture)
     return frames
 
 
@@ -74,6 +80,7 @@ def iter_frames(
     crops: Sequence[Crop],
     limits: FfmpegLimits,
     max_frames: int | None = None,
+    picture: Picture = PLAIN,
 ) -> Iterator[list[np.ndarray]]:
     """Several crops of the frames of a clip from one decode, at `config.fps` from `config.start_s` on.
 
@@ -82,6 +89,7 @@ def iter_frames(
     Args:
         duration_s: what the probe said; more than about this many frames is refused as `too-large`.
         max_frames: frames that are held and yielded at a time; None: all at once.
+        picture: what the index says of the stored pictures.
 
     Yields:
         uint8 RGB (t h w c), one array for each of `crops` with the same t: `max_frames`, and at the end the rest.
@@ -107,7 +115,7 @@ def iter_frames(
             taken.append(np.frombuffer(whole, np.uint8).reshape(count, crop.size_px, crop.size_px, 3))
         return taken
 
-    command = _crops_command(source, duration_s, config, crops, pipes, limits)
+    command = _crops_command(source, duration_s, config, crops, pipes, picture, limits)
     with Process(command, [source], limits, pipes=pipes) as process:
         for pipe, chunk in process.read():
             held[place_of[pipe]] += chunk
@@ -128,16 +136,22 @@ def _crops_command(
     config: FrameConfig,
     crops: Sequence[Crop],
     pipes: Sequence[Pipe],
+    picture: Picture,
     limits: FfmpegLimits,
 ) -> list[str]:
     short = (duration_s - config.start_s) * config.fps < 1
     sizes = list(dict.fromkeys(crop.scaled_px for crop in crops))
-    graph = [f"[0:V:0]{sampling_filters(config.fps, config.start_s, config.pick, short)},{_split('size', len(sizes))}"]
+    sampling = sampling_filters(config.fps, config.start_s, config.pick, short)
+    first = ",".join([*deinterlacing(picture, config.display), sampling])
+    tone = "".join(f"{word}," for word in tone_mapping(picture, config.display, "gbrp"))
+    graph = [f"[0:V:0]{first},{_split('size', len(sizes))}"]
     outputs: list[str] = []
     for number, size in enumerate(sizes):
         mine = [(crop, pipe) for crop, pipe in zip(crops, pipes, strict=True) if crop.scaled_px == size]
-        scale = f"scale={size}:{size}:force_original_aspect_ratio=increase:flags={SCALE_FLAGS}"
-        graph.append(f"[size{number}]{scale},{_split(f'crop{number}_', len(mine))}")
+        # The shorter side, of square pixels; rounded as force_original_aspect_ratio=increase does.
+        wide, high = f"max({size}\\,round({size}*iw*sar/ih))", f"max({size}\\,round({size}*ih/(iw*sar)))"
+        scale = f"scale={wide}:{high}:flags={SCALE_FLAGS}"
+        graph.append(f"[size{number}]{scale},{tone}{_split(f'crop{number}_', len(mine))}")
         for place, (crop, pipe) in enumerate(mine):
             label = f"crop{number}_{place}"
             graph.append(f"[{label}]crop={crop.size_px}:{crop.size_px}{_PLACES[crop.place]}[{label}_]")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import IO, Any
 
 from pipeline import ffmpeg
+from pipeline.display import Picture, read_picture, shown_size
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.packets import measure_duration
@@ -22,7 +23,7 @@ _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """What the container says of its first real video stream. Sizes are as displayed, after rotation."""
+    """What the container says of its first real video stream. Sizes are as displayed, upright and in square pixels."""
 
     container: str
     codec: str
@@ -32,6 +33,7 @@ class VideoInfo:
     duration_s: float
     audio_codec: str = ""
     """Of the first audio stream; "" without one."""
+    picture: Picture = field(default_factory=Picture)
     decoded_at_s: float = -1.0
     """Time of the last keyframe, where a seek to the end found one and it could be decoded; -1 where not."""
 
@@ -93,10 +95,7 @@ def _command(source: IO[bytes], limits: FfmpegLimits, options: list[str]) -> lis
 
 
 def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
-    rotation = next((int(float(d["rotation"])) for d in stream.get("side_data_list", []) if "rotation" in d), 0)
-    width, height = int(stream.get("width", 0)), int(stream.get("height", 0))
-    if rotation % 180:
-        width, height = height, width
+    width, height = shown_size(stream)
     fps = _rate(stream.get("avg_frame_rate")) or _rate(stream.get("r_frame_rate"))
     duration_s = _own_duration(stream) or _number(report.get("format", {}).get("duration"))
     if not duration_s and fps:
@@ -108,6 +107,7 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
         height=height,
         fps=fps,
         duration_s=duration_s,
+        picture=read_picture(stream),
     )
 
 

@@ -146,6 +146,9 @@ CLIP_SCHEMA = pa.schema(
         *_COMMON,
         ("ext", pa.string()),
         ("codec", pa.string()),
+        ("scan", pa.string()),
+        ("color", pa.string()),
+        ("picture", pa.string()),
         ("source_codec", pa.string()),
         ("source_container", pa.string()),
     ]

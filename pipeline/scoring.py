@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline import ffmpeg
 from pipeline.analysis import CROP_PX, THUMB_PX, Analyzer
+from pipeline.display import AS_DISPLAYED, DisplayConfig, deinterlacing, tone_mapping
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.probe import VideoInfo
@@ -33,9 +34,18 @@ class Watch:
         batch_frames: thumbnails that are analyzed together; each call costs as much as ten frames in it.
     """
 
-    def __init__(self, info: VideoInfo, duration_s: float, cut_threshold: float, batch_frames: int = 32) -> None:
+    def __init__(
+        self,
+        info: VideoInfo,
+        duration_s: float,
+        cut_threshold: float,
+        batch_frames: int = 32,
+        display: DisplayConfig = AS_DISPLAYED,
+    ) -> None:
         self.analyzer = Analyzer(frame_rate(info), cut_threshold)
         self._side = min(CROP_PX, info.width, info.height)
+        self._square = "" if info.picture.is_square else f"scale={info.width}:{info.height}:flags={SCALE_FLAGS},"
+        self._tone = "".join(f"{word}," for word in tone_mapping(info.picture, display, "yuv420p"))
         num_frames = math.ceil((duration_s * 1.2 + 1) * self.analyzer.rate_hz) + 1
         num_squares = num_frames // self.analyzer.sample_step + 1
         self._thumbs = _Pictures(THUMB_PX, num_frames, batch_frames)
@@ -51,9 +61,9 @@ class Watch:
         side, flags = self._side, SCALE_FLAGS
         return (
             f"[{label}]split=2[watch_a][watch_b];"
-            f"[watch_a]scale={THUMB_PX}:{THUMB_PX}:flags={flags.replace('bicubic', 'area')},format=gray[thumbs];"
-            f"[watch_b]framestep={self.analyzer.sample_step},crop=min(iw\\,{side}):min(ih\\,{side}),"
-            f"scale={side}:{side}:flags={flags},format=gray[squares]"
+            f"[watch_a]scale={THUMB_PX}:{THUMB_PX}:flags={flags.replace('bicubic', 'area')},{self._tone}"
+            f"format=gray[thumbs];[watch_b]framestep={self.analyzer.sample_step},{self._square}"
+            f"crop=min(iw\\,{side}):min(ih\\,{side}),scale={side}:{side}:flags={flags},{self._tone}format=gray[squares]"
         )
 
     def outputs(self) -> list[str]:
@@ -88,14 +98,21 @@ class Watch:
         return analyzer.scores(ClipSpan(start_s=0.0, end_s=analyzer.num_frames / analyzer.rate_hz))
 
 
-def watch_file(file: IO[bytes], info: VideoInfo, cut_threshold: float, limits: FfmpegLimits) -> Analyzer:
+def watch_file(
+    file: IO[bytes],
+    info: VideoInfo,
+    cut_threshold: float,
+    limits: FfmpegLimits,
+    display: DisplayConfig = AS_DISPLAYED,
+) -> Analyzer:
     """The analyzer of a whole video file: one pass of decoding.
 
     Raises:
         BadVideo: it cannot be decoded, or a limit was exceeded.
     """
-    watch = Watch(info, info.duration_s, cut_threshold)
-    graph = f"[0:V:0]{constant_rate(info)}[frames];{watch.graph('frames')}"
+    watch = Watch(info, info.duration_s, cut_threshold, display=display)
+    first = ",".join([*deinterlacing(info.picture, display), constant_rate(info)])
+    graph = f"[0:V:0]{first}[frames];{watch.graph('frames')}"
     command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-i", ffmpeg.source_url(file), "-filter_complex", graph]
     with Process([*command, *watch.outputs()], [file], limits, pipes=watch.pipes) as process:
         for pipe, chunk in process.read():

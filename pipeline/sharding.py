@@ -19,6 +19,7 @@ from pipeline.cut import Cut
 from pipeline.cutting import check_storage, cut_video, needs_check
 from pipeline.dataset import DatasetMeta, read_rejects_file
 from pipeline.decode import require_decodable
+from pipeline.display import DisplayConfig, describe_changes
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.internal import as_bad_video
@@ -45,6 +46,8 @@ class ShardSettings:
     transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
     audio: bool = False
     """Keep the sound (remux, transcode; copy keeps it anyway)."""
+    display: DisplayConfig = field(default_factory=DisplayConfig)
+    """Of pictures that are coded anew (transcode) or looked at (shots, quality); copy and remux leave it to tokenize."""
     quality: QualityConfig = field(default_factory=QualityConfig)
     include: str = "*"
     """Glob that the relative paths of a corpus folder must match; everything else in it is ignored."""
@@ -209,7 +212,7 @@ class _Item:
             key = key_of(video_id)
             if key in self.keys:
                 raise _duplicate(key)
-            return _row(key, video_id, ref, cut, info, self._settings.val_fraction)
+            return _row(key, video_id, ref, cut, info, self._settings)
 
         key = ""
         try:
@@ -285,7 +288,7 @@ def _same(row: dict[str, Any], digest: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ADDED | PLACE}
 
 
-def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_fraction: float) -> dict[str, Any]:
+def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, settings: ShardSettings) -> dict[str, Any]:
     stored = cut.info
     assert stored is not None
     return {
@@ -299,12 +302,15 @@ def _row(key: str, video_id: str, ref: VideoRef, cut: Cut, info: VideoInfo, val_
         "width": stored.width,
         "fps": stored.fps,
         "codec": stored.codec,
+        "scan": stored.picture.scan,
+        "color": stored.picture.color,
+        "picture": describe_changes(info.picture, settings.display) if settings.storage == "transcode" else "",
         "ext": cut.ext,
         "source_codec": info.codec,
         "source_container": info.container,
         "caption": ref.caption,
         "label": ref.label,
-        "split": ref.split or draw_split(video_id, val_fraction),
+        "split": ref.split or draw_split(video_id, settings.val_fraction),
         "extra": ref.extra,
         **{f"score_{name}": cut.scores[name] if cut.scores else None for name in SCORES},
     }

@@ -14,12 +14,14 @@ from typing import IO
 
 from pipeline import ffmpeg
 from pipeline.cut import Cut, CutSettings
+from pipeline.display import deinterlacing, tagging, transcoded
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import Pipe, Process
 from pipeline.probe import VideoInfo
+from pipeline.sampling import sampling_filters
 from pipeline.schema import ClipSpan
-from pipeline.scoring import SCALE_FLAGS, Watch, constant_rate, frame_rate
-from pipeline.transcode import MP4, add_sound, describe_mp4, encoder_words, max_encoded_bytes, stored_size
+from pipeline.scoring import Watch, constant_rate, frame_rate
+from pipeline.transcode import MP4, add_sound, describe_mp4, encoder_words, max_encoded_bytes, scaling, stored_size
 
 _WAITING_BYTES = 16 * 2**20
 """Frames of about this size wait for the analyzer together."""
@@ -46,7 +48,7 @@ class _Stream:
         self._frame_bytes = self._width * self._height * 3 // 2
         self._rate_hz = frame_rate(info)
         batch = max(4, min(32, _WAITING_BYTES // self._frame_bytes))
-        self._watch = Watch(info, info.duration_s, settings.clips.cut_threshold, batch)
+        self._watch = Watch(info, info.duration_s, settings.clips.cut_threshold, batch, settings.display)
         num_frames = int((info.duration_s * 1.2 + 1) * self._rate_hz) + 1
         self._frames = Pipe(num_frames * self._frame_bytes)
         self._waiting: deque[memoryview] = deque()
@@ -88,9 +90,11 @@ class _Stream:
         return self._shot_s + self._part * self._settings.clips.max_s
 
     def _command(self) -> list[str]:
+        settings, picture = self._settings, self._info.picture
+        first = ",".join([*deinterlacing(picture, settings.display), constant_rate(self._info)])
+        scale = ",".join(scaling(self._info, settings.transcode, settings.display))
         graph = (
-            f"[0:V:0]{constant_rate(self._info)},split=2[picture][look];{self._watch.graph('look')};"
-            f"[picture]scale={self._width}:{self._height}:flags={SCALE_FLAGS},format=yuv420p[video]"
+            f"[0:V:0]{first},split=2[picture][look];{self._watch.graph('look')};[picture]{scale},format=yuv420p[video]"
         )
         command = [*ffmpeg.command(), *ffmpeg.input_words(self._settings.limits), "-i", ffmpeg.source_url(self._file)]
         command += ["-filter_complex", graph, "-map", "[video]", "-f", "rawvideo", "-c:v", "rawvideo", "-threads", "1"]
@@ -165,7 +169,10 @@ class _Encoder:
         self._error: BadVideo | None = None
         command = [*ffmpeg.command(), "-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", f"{width}x{height}"]
         command += ["-framerate", f"{frame_rate(info):.10g}", "-i", "pipe:0"]
-        command += ["-vf", f"fps={settings.transcode.fps:.10g}"] if settings.transcode.fps else []
+        # Raw frames carry no colours.
+        rate = [sampling_filters(settings.transcode.fps)] if settings.transcode.fps else []
+        filters = [*rate, *tagging(transcoded(info.picture, settings.display, settings.transcode.codec))]
+        command += ["-vf", ",".join(filters)] if filters else []
         command += [*encoder_words(settings.transcode), *MP4, ffmpeg.source_url(self._out)]
         try:
             self._process = Process(command, [self._out], settings.limits, fed=True, max_file_bytes=bound)
@@ -192,7 +199,12 @@ class _Encoder:
             silent = self._out
             self._out = add_sound(silent, source, info, span, self._settings.limits)
             silent.close()
-        stored = describe_mp4(self._out, config.codec, "aac" if self._settings.audio and info.audio_codec else "")
+        stored = describe_mp4(
+            self._out,
+            config.codec,
+            "aac" if self._settings.audio and info.audio_codec else "",
+            transcoded(info.picture, self._settings.display, config.codec),
+        )
         if stored is None:
             raise BadVideo("corrupt", f"no frame in [{span.start_s:g}, {span.end_s:g}) s could be encoded")
         return self._out, stored

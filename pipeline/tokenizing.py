@@ -13,6 +13,7 @@ import numpy as np
 from pipeline import ffmpeg
 from pipeline.dataset import DatasetMeta
 from pipeline.decode import FrameConfig, iter_frames, open_bytes
+from pipeline.display import stored_picture
 from pipeline.encoding import Encode, Piece, encode_pieces
 from pipeline.errors import BadVideo, ConfigError, DatasetError
 from pipeline.ffmpeg import FfmpegLimits
@@ -143,7 +144,8 @@ def _decode_pieces(
             return
         with open_bytes(read_payload(clips, row)) as file:
             ahead: list[np.ndarray] | None = None
-            for frames in iter_frames(file, duration_s, settings.frames, crops, settings.limits, max_frames):
+            picture = stored_picture(row.get("scan"), row.get("color"))
+            for frames in iter_frames(file, duration_s, settings.frames, crops, settings.limits, max_frames, picture):
                 if ahead is not None:
                     yield Piece(ahead, False)
                 ahead = frames

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 from typing import IO, Literal
 
 from pipeline import ffmpeg
+from pipeline.display import (
+    AS_DISPLAYED,
+    DisplayConfig,
+    Picture,
+    color_conversion,
+    deinterlacing,
+    tagging,
+    tone_mapping,
+    transcoded,
+)
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.mp4 import read_video_track
 from pipeline.packets import find_lead
 from pipeline.probe import VideoInfo
+from pipeline.sampling import sampling_filters
 from pipeline.schema import ClipSpan
 from pipeline.scoring import SCALE_FLAGS, Watch, constant_rate
 
@@ -68,6 +79,7 @@ def transcode_span(
     limits: FfmpegLimits,
     audio: bool = False,
     watch: Watch | None = None,
+    display: DisplayConfig = AS_DISPLAYED,
 ) -> tuple[IO[bytes], VideoInfo]:
     """The span as an MP4 file without a name, and its metadata; the same input gives the same bytes.
 
@@ -80,11 +92,12 @@ def transcode_span(
     """
     bound = max_encoded_bytes(info, span.duration_s, config, limits)
     lead_s = find_lead(file, info.container, span.start_s, limits)
-    graph = [f"[0:V:0]{_trim(span, lead_s)}{',split=2[picture][look]' if watch else '[picture]'}"]
+    whole = ",".join([*deinterlacing(info.picture, display), _trim(span, lead_s)])
+    graph = [f"[0:V:0]{whole}{',split=2[picture][look]' if watch else '[picture]'}"]
     if watch:
         graph += [f"[look]{constant_rate(info)}[looked]", watch.graph("looked")]
-    rate = f"fps={config.fps:.10g}," if config.fps else ""
-    graph += [f"[picture]{rate}{_scale(config)}[video]"]
+    rate = [sampling_filters(config.fps)] if config.fps else []
+    graph += [f"[picture]{','.join([*rate, *scaling(info, config, display)])}[video]"]
     sound = audio and info.audio_codec
     if sound:
         graph += [f"[0:a:0]{_sound(span, lead_s)}[sound]"]
@@ -103,7 +116,9 @@ def transcode_span(
                 assert watch is not None
                 watch.take(pipe, chunk)
             process.finish()
-        stored = describe_mp4(out, config.codec, "aac" if sound else "")
+        stored = describe_mp4(
+            out, config.codec, "aac" if sound else "", transcoded(info.picture, display, config.codec)
+        )
         if stored is None:
             raise BadVideo("corrupt", f"no frame in [{span.start_s:g}, {span.end_s:g}) s could be decoded")
         stack.pop_all()
@@ -147,7 +162,7 @@ def _sound(span: ClipSpan, lead_s: float) -> str:
     return f"{_trim(span, lead_s, audio=True)},aresample=async=1:first_pts=0"
 
 
-def describe_mp4(out: IO[bytes], codec: str, audio_codec: str) -> VideoInfo | None:
+def describe_mp4(out: IO[bytes], codec: str, audio_codec: str, picture: Picture) -> VideoInfo | None:
     """Metadata of an MP4 that ffmpeg wrote for us, and the file at its start; None where it holds no frame."""
     track = read_video_track(out)
     out.seek(0)
@@ -161,6 +176,7 @@ def describe_mp4(out: IO[bytes], codec: str, audio_codec: str) -> VideoInfo | No
         fps=track.num_frames / track.duration_s,
         duration_s=track.duration_s,
         audio_codec=audio_codec,
+        picture=picture,
     )
 
 
@@ -195,9 +211,15 @@ def encoder_words(config: TranscodeConfig) -> list[str]:
     return words
 
 
-def _scale(config: TranscodeConfig) -> str:
-    side = config.short_side_px
-    return (
-        f"scale=if(gt(iw\\,ih)\\,-2\\,min(iw\\,{side})):if(gt(iw\\,ih)\\,min(ih\\,{side})\\,-2):flags={SCALE_FLAGS},"
-        "crop=trunc(iw/2)*2:trunc(ih/2)*2"
-    )
+def scaling(info: VideoInfo, config: TranscodeConfig, display: DisplayConfig) -> list[str]:
+    """The filters from upright frames to the stored size, in square pixels, tone-mapped; to yuv420p where colours change."""
+    picture, tone = info.picture, tone_mapping(info.picture, display, "yuv420p")
+    colors = "" if tone else color_conversion(picture)
+    if picture.is_square:
+        side = config.short_side_px
+        size = f"if(gt(iw\\,ih)\\,-2\\,min(iw\\,{side})):if(gt(iw\\,ih)\\,min(ih\\,{side})\\,-2)"
+        fit = ["crop=trunc(iw/2)*2:trunc(ih/2)*2", "setsar=1"]
+    else:
+        size, fit = ":".join(map(str, stored_size(info, config))), ["setsar=1"]
+    tag = ["format=yuv420p", *tagging(transcoded(picture, display, config.codec))] if colors else []
+    return [f"scale={size}:flags={SCALE_FLAGS}{colors}", *tone, *fit, *tag]

@@ -140,7 +140,7 @@ def test_other_files(tmp_path: Path, name: str, data: bytes, reject_class: str) 
 def test_a_side_of_less_than_3_px(tmp_path: Path) -> None:
     """Nothing could be made of it: no even size, no square for the scores."""
     for width, height in ((8, 3), (8, 2), (1, 8)):
-        ffmpeg("-f", "lavfi", "-i", f"testsrc2=d=1,scale={width}:{height}", tmp_path / "small.gif")
+        ffmpeg("-f", "lavfi", "-i", f"testsrc2=d=1,scale={width}:{height},setsar=1", tmp_path / "small.gif")
         if height == 3:
             assert look_at(tmp_path / "small.gif").height == 3
             continue
