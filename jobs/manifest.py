@@ -17,7 +17,7 @@ import tyro
 from jobs.result import JobResult
 from pipeline.errors import ConfigError
 from pipeline.files import write_atomic
-from pipeline.labelled_sets import READERS, SEVERAL_SPLITS, VideoFolder, with_validation
+from pipeline.labelled_sets import READERS, SEVERAL_SPLITS, VideoFolder, list_once, with_validation
 
 log = logging.getLogger(__name__)
 DataSet = Literal["ssv2", "diving48", "ucf101", "hmdb51", "k400"]
@@ -62,7 +62,7 @@ def run(config: ManifestConfig) -> JobResult:
     if not config.root.is_dir():
         raise ConfigError(f"root = {config.root}: no such folder; give the one with the videos and the split files")
     try:
-        videos = list(READERS[config.dataset](config.root, config.split_number))
+        videos = list(list_once(READERS[config.dataset](config.root, config.split_number)))
     except (LookupError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{config.root}: a split file of {config.dataset} is not laid out as published ({type(error).__name__}: {error}); "

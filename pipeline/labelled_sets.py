@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -17,6 +20,8 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.schema import Split, draw_split
+
+log = logging.getLogger(__name__)
 
 _VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov")
 
@@ -26,15 +31,21 @@ class LabelledVideo:
     """A video that a split file lists.
 
     stem: its file's name without the extension. group: videos that stand on one side of any split of ours, as they were cut
-    from one recording. folder: the parent folder that is meant where several files have this name; "" for any.
+    from one recording. where: the file and the place in it that list it. folder: the parent folder that is meant where several
+    files have this name; "" for any. Texts are in Unicode's form NFC, whatever the lists and the file system have.
     """
 
     stem: str
     label: str
     split: Split
     group: str
+    where: str
     folder: str = ""
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("stem", "label", "group", "folder", "caption"):
+            object.__setattr__(self, name, _composed(getattr(self, name)))
 
 
 class VideoFolder:
@@ -43,24 +54,37 @@ class VideoFolder:
     def __init__(self, root: Path) -> None:
         self._paths: dict[str, list[PurePosixPath]] = {}
         for folder, subfolders, names in os.walk(root):
-            subfolders.sort()
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in sorted(names):
-                if Path(name).suffix.lower() in _VIDEOS:
+                # Hidden ones are no videos: macOS puts a `._NAME` beside each file on disks of others.
+                if Path(name).suffix.lower() in _VIDEOS and not name.startswith("."):
                     path = PurePosixPath(Path(folder).relative_to(root).as_posix()) / name
-                    self._paths.setdefault(path.stem, []).append(path)
+                    self._paths.setdefault(_composed(path.stem), []).append(path)
 
     def find(self, video: LabelledVideo) -> str | None:
         """The path of a video, relative to the root; None where there is none.
 
         Raises:
-            ConfigError: several files have its name, and its folder does not tell which is meant.
+            ConfigError: several files have its name, and its folder does not tell which is meant; or its path is not UTF-8.
         """
         found = self._paths.get(video.stem, [])
         if len(found) > 1:
-            found = [path for path in found if path.parent.name == video.folder] or found
+            found = [path for path in found if _composed(path.parent.name) == video.folder] or found
         if len(found) > 1:
-            raise ConfigError(f"{video.stem}: both {found[0]} and {found[1]} have this name; leave one in the folder")
+            raise ConfigError(
+                f"{video.where}: both {_shown(found[0])} and {_shown(found[1])} are named {video.stem}; leave one in the folder"
+            )
+        if found and _shown(found[0]) != str(found[0]):
+            raise ConfigError(f"{video.where}: the path {_shown(found[0])} of {video.stem} is not UTF-8; rename it")
         return str(found[0]) if found else None
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _shown(path: PurePosixPath) -> str:
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 Reader = Callable[[Path, int], Iterator[LabelledVideo]]
@@ -69,17 +93,26 @@ Reader = Callable[[Path, int], Iterator[LabelledVideo]]
 def read_ucf101(root: Path, split_number: int) -> Iterator[LabelledVideo]:
     """`[ucfTrainTestlist/]classInd.txt`, `trainlistNN.txt` and `testlistNN.txt`; `Class/v_Class_gGG_cCC.avi`."""
     source = "the page of UCF101 at the Center for Research in Computer Vision, University of Central Florida: the train/test splits for action recognition"
+    folders = ["ucfTrainTestlist", ""]
+    numbers = {}
+    for where, words in _lines(root, folders, "classInd.txt", source):
+        with _published(where):
+            numbers[words[1]] = words[0]
     for split, name in (("train", f"trainlist{split_number:02d}.txt"), ("test", f"testlist{split_number:02d}.txt")):
-        classes = {words[-1] for words in _lines(root, ["ucfTrainTestlist", ""], ["classInd.txt"], source)}
-        for words in _lines(root, ["ucfTrainTestlist", ""], [name], source):
+        for where, words in _lines(root, folders, name, source):
             path = PurePosixPath(words[0])
-            if path.parent.name not in classes:
-                raise ConfigError(f"{name}: {path} is of class {path.parent.name!r}, which classInd.txt does not have")
+            if path.parent.name not in numbers:
+                raise ConfigError(f"{where}: {path} is of class {path.parent.name!r}, which classInd.txt does not have")
+            if len(words) > 1 and words[1] != numbers[path.parent.name]:
+                raise ConfigError(
+                    f"{where}: {path} has the number {words[1]}; classInd.txt has {numbers[path.parent.name]} for its class"
+                )
             yield LabelledVideo(
                 stem=path.stem,
                 label=path.parent.name,
                 split="train" if split == "train" else "test",
                 group=path.stem.rpartition("_c")[0],
+                where=where,
                 folder=path.parent.name,
             )
 
@@ -88,19 +121,24 @@ def read_hmdb51(root: Path, split_number: int) -> Iterator[LabelledVideo]:
     """`[testTrainMulti_7030_splits/]CLASS_test_splitN.txt`, a line a video: 1 trains, 2 tests, 0 is in neither."""
     source = "the page of HMDB at the Serre Lab, Brown University: the archive test_train_splits"
     ending = f"_test_split{split_number}.txt"
-    files = sorted([*root.glob(f"testTrainMulti_7030_splits/*{ending}"), *root.glob(f"*{ending}")])
+    found = [*root.glob(f"testTrainMulti_7030_splits/*{ending}"), *root.glob(f"*{ending}")]
+    files = sorted(path for path in found if not path.name.startswith("."))
     if not files:
         raise _missing(root, f"testTrainMulti_7030_splits/CLASS{ending}", source)
     for file in files:
         label = file.name.removesuffix(ending)
-        for line in file.read_text().splitlines():
-            name, _, number = line.strip().rpartition(" ")
-            if number in ("1", "2"):
+        for where, line in _numbered(file, source):
+            name, _, number = line.rpartition(" ")
+            if number not in ("0", "1", "2") or not name:
+                raise ConfigError(
+                    f"{where}: {line!r} is no name with 0, 1 or 2 behind it; get the file anew from {source}"
+                )
+            if number != "0":
                 stem = PurePosixPath(name.strip()).stem
                 # A name is: recording, class, properties. Clips of one recording look alike.
                 group = stem.partition(f"_{label}_")[0]
                 split: Split = "train" if number == "1" else "test"
-                yield LabelledVideo(stem=stem, label=label, split=split, group=group, folder=label)
+                yield LabelledVideo(stem=stem, label=label, split=split, group=group, where=where, folder=label)
 
 
 def read_ssv2(root: Path, split_number: int) -> Iterator[LabelledVideo]:
@@ -114,24 +152,27 @@ def read_ssv2(root: Path, split_number: int) -> Iterator[LabelledVideo]:
     folders = ["labels", ""]
     classes = _json(root, folders, names("labels"), source)
     for name, split in (("train", "train"), ("validation", "val")):
-        for row in _json(root, folders, names(name), source):
-            label = row["template"].replace("[", "").replace("]", "")
-            if label not in classes:
-                raise ConfigError(
-                    f"{name}.json: {row['id']} has the template {label!r}, which labels.json does not have"
+        for where, row in _entries(root, folders, names(name), source):
+            with _published(where):
+                label = row["template"].replace("[", "").replace("]", "")
+                video = LabelledVideo(
+                    stem=str(row["id"]),
+                    label=label,
+                    split="train" if split == "train" else "val",
+                    group=str(row["id"]),
+                    where=where,
+                    caption=row["label"],
                 )
-            yield LabelledVideo(
-                stem=str(row["id"]),
-                label=label,
-                split="train" if split == "train" else "val",
-                group=str(row["id"]),
-                caption=row["label"],
-            )
+            if label not in classes:
+                raise ConfigError(f"{where}: {video.stem} has the template {label!r}, which labels.json does not have")
+            yield video
     if (answers := _find(root, folders, ["test-answers.csv"])) is not None:
-        for words in csv.reader(answers.read_text().splitlines(), delimiter=";"):
-            if words[1] not in classes:
-                raise ConfigError(f"{answers}: {words[0]} has the label {words[1]!r}, which labels.json does not have")
-            yield LabelledVideo(stem=words[0], label=words[1], split="test", group=words[0])
+        for where, line in _numbered(answers, source):
+            with _published(where):
+                stem, label = next(csv.reader([line], delimiter=";"))[:2]
+            if label not in classes:
+                raise ConfigError(f"{where}: {stem} has the label {label!r}, which labels.json does not have")
+            yield LabelledVideo(stem=stem, label=label, split="test", group=stem, where=where)
 
 
 def read_diving48(root: Path, split_number: int) -> Iterator[LabelledVideo]:
@@ -140,14 +181,21 @@ def read_diving48(root: Path, split_number: int) -> Iterator[LabelledVideo]:
     folders = ["", "annotations"]
     words = _json(root, folders, ["Diving48_vocab.json"], source)
     for split, name in (("train", "Diving48_V2_train.json"), ("test", "Diving48_V2_test.json")):
-        for row in _json(root, folders, [name], source):
-            yield LabelledVideo(
-                stem=row["vid_name"],
-                label=" ".join(words[row["label"]]),
-                split="train" if split == "train" else "test",
-                group=row["vid_name"].rpartition("_")[0],
-                folder="rgb",
-            )
+        for where, row in _entries(root, folders, [name], source):
+            with _published(where):
+                if not 0 <= row["label"] < len(words):  # -1 would be the last class
+                    raise ConfigError(
+                        f"{where}: {row['vid_name']} has the label {row['label']}; Diving48_vocab.json has 0 to {len(words) - 1}"
+                    )
+                video = LabelledVideo(
+                    stem=row["vid_name"],
+                    label=" ".join(words[row["label"]]),
+                    split="train" if split == "train" else "test",
+                    group=row["vid_name"].rpartition("_")[0],
+                    where=where,
+                    folder="rgb",
+                )
+            yield video
 
 
 def read_k400(root: Path, split_number: int) -> Iterator[LabelledVideo]:
@@ -166,20 +214,25 @@ def read_k400(root: Path, split_number: int) -> Iterator[LabelledVideo]:
             return
         if path is None:
             raise _missing(root, f"annotations/{names[0]}", source)
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
+        lines = _numbered(path, source)
+        header = next(csv.reader([next(lines, ("", ""))[1]]), [])
+        for where, line in lines:
+            with _published(where):
+                row = dict(zip(header, next(csv.reader([line])), strict=False))
                 if not row.get("label"):
                     raise ConfigError(
-                        f"{path}: {row.get('youtube_id')} has no label; take the file with labels, from {source}"
+                        f"{where}: {row.get('youtube_id')} has no label; take the file with labels, from {source}"
                     )
                 start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-                yield LabelledVideo(
+                video = LabelledVideo(
                     stem=f"{row['youtube_id']}_{start:06d}_{end:06d}",
                     label=row["label"],
                     split=split,
                     group=row["youtube_id"],
+                    where=where,
                     folder=row["label"],
                 )
+            yield video
 
 
 READERS: MappingProxyType[str, Reader] = MappingProxyType(
@@ -217,6 +270,26 @@ def with_validation(
         yield video, split
 
 
+def list_once(videos: Iterator[LabelledVideo]) -> Iterator[LabelledVideo]:
+    """`videos`, each once: one that is listed again with the same label in the same split is left out, with a warning.
+
+    Raises:
+        ConfigError: a video is listed with two labels, or in two splits; it names both places.
+    """
+    first: dict[str, LabelledVideo] = {}
+    for video in videos:
+        known = first.setdefault(video.stem, video)
+        if known is video:
+            yield video
+        elif (known.label, known.split) == (video.label, video.split):
+            log.warning("%s lists %s again; it is left out, as %s has it", video.where, video.stem, known.where)
+        else:
+            raise ConfigError(
+                f"{video.where} lists {video.stem} as {video.label!r} in split {video.split}; {known.where} lists it as "
+                f"{known.label!r} in {known.split}; leave one of them"
+            )
+
+
 def _find(root: Path, folders: list[str], names: list[str]) -> Path | None:
     candidates = (root / folder / name for folder in folders for name in names)
     return next((path for path in candidates if path.is_file()), None)
@@ -226,19 +299,55 @@ def _missing(root: Path, name: str, source: str) -> ConfigError:
     return ConfigError(f"{root} has no {name}; get it from {source}, and put it there")
 
 
-def _read(root: Path, folders: list[str], names: list[str], source: str) -> str:
+def _read(root: Path, folders: list[str], names: list[str], source: str) -> tuple[Path, str]:
     path = _find(root, folders, names)
     if path is None:
         raise _missing(root, f"{folders[0]}/{names[0]}".lstrip("/"), source)
-    return path.read_text()
+    return path, _text(path, source)
 
 
-def _lines(root: Path, folders: list[str], names: list[str], source: str) -> list[list[str]]:
-    return [line.split() for line in _read(root, folders, names, source).splitlines() if line.strip()]
+def _text(path: Path, source: str) -> str:
+    """A file's text in form NFC, without a byte-order mark."""
+    try:
+        return _composed(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}); save it so, or get it anew from {source}") from error
+
+
+def _numbered(path: Path, source: str) -> Iterator[tuple[str, str]]:
+    """The lines of a file that are not blank, each with what to call it."""
+    for number, line in enumerate(_text(path, source).splitlines(), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line.strip()
+
+
+def _lines(root: Path, folders: list[str], name: str, source: str) -> Iterator[tuple[str, list[str]]]:
+    path, _ = _read(root, folders, [name], source)
+    for where, line in _numbered(path, source):
+        yield where, line.split()
 
 
 def _json(root: Path, folders: list[str], names: list[str], source: str) -> Any:
+    path, text = _read(root, folders, names, source)
     try:
-        return json.loads(_read(root, folders, names, source))
+        return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{root}: {names[0]} is no JSON: {error}; get it anew from {source}") from error
+        raise ConfigError(f"{path} is no JSON: {error}; get it anew from {source}") from error
+
+
+def _entries(root: Path, folders: list[str], names: list[str], source: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a list in a JSON file, each with what to call it."""
+    path = _find(root, folders, names)
+    for number, entry in enumerate(_json(root, folders, names, source), 1):
+        yield f"{path}, entry {number}", entry
+
+
+@contextmanager
+def _published(where: str) -> Iterator[None]:
+    """Names the place whose layout the body does not know."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{where}: not laid out as published ({type(error).__name__}: {error}); get the file anew"
+        ) from error

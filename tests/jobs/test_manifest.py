@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -239,8 +241,11 @@ def test_damaged_files_and_ambiguous_names_are_refused(tmp_path: Path) -> None:
     put(root, {"Diving48_vocab.json": "[["})
     with pytest.raises(ConfigError, match=r"Diving48_vocab.json is no JSON"):
         convert("diving48", root)
-    put(root, {"Diving48_vocab.json": "[]"})
-    with pytest.raises(ConfigError, match="not laid out as published"):
+    put(root, {"Diving48_vocab.json": "{}"})
+    with pytest.raises(ConfigError, match=r"train.json, entry 1: _8Vy-00_00000 has the label 0"):
+        convert("diving48", root)
+    put(root, {"Diving48_vocab.json": "[[1]]"})
+    with pytest.raises(ConfigError, match=r"train.json, entry 1: not laid out as published \(TypeError"):
         convert("diving48", root)
     root = put_ucf101(tmp_path / "ucf")
     put(root, {"ucfTrainTestlist/classInd.txt": "1 Archery\n"})
@@ -264,3 +269,91 @@ def test_damaged_files_and_ambiguous_names_are_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ManifestConfig(**{"dataset": "ucf101", "root": tmp_path, "out": tmp_path / "list.csv", **wrong})
+
+
+@pytest.mark.parametrize("dataset", READERS)
+def test_marks_blank_lines_and_files_of_macos_change_nothing(tmp_path: Path, dataset: str) -> None:
+    """A byte-order mark, a blank last line, `._` files beside all others, and names in the other Unicode form."""
+    plain = PUT[dataset](tmp_path / "plain" / "data")
+    expected = convert(dataset, plain)
+    other = PUT[dataset](tmp_path / "other" / "data")
+    for path in [path for path in other.rglob("*") if path.is_file()]:
+        if path.suffix in (".txt", ".csv", ".json"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n \r\n\n")
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert convert(dataset, other) == expected
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_the_other_unicode_form(tmp_path: Path, listed: str, stored: str) -> None:
+    root = put_k400(tmp_path / "data")
+    name, label = "ünï_000001_000011", "playing café"
+    row = f"{label},ünï,1,11,train\n"
+    train = root / "annotations/train.csv"
+    train.write_text(train.read_text() + normalize(listed, row))
+    put(root, {normalize(stored, f"videos/{label}/{name}.mp4"): "", "videos/other/x_000001_000011.mp4": ""})
+    _, rows = convert("k400", root)
+    (found,) = [row for row in rows if row["label"] == label]
+    assert found["video"] == normalize(stored, f"videos/{label}/{name}.mp4")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file", "text", "message"),
+    [
+        ("ucf101", "ucfTrainTestlist/trainlist01.txt", "YoYo/v_YoYo_g11_c01.avi 2\n", r"testlist01.txt, line 5 lists v_YoYo_g11_c01 as 'YoYo' in split test; .*trainlist01.txt, line 41"),
+        ("ucf101", "ucfTrainTestlist/trainlist01.txt", "YoYo/v_YoYo_g01_c09.avi 1\n", r"trainlist01.txt, line 41: .* has the number 1; classInd.txt has 2"),
+        ("ucf101", "ucfTrainTestlist/trainlist01.txt", "YoYo/v_YoYo_g01_c09.avi -1\n", r"line 41: .* has the number -1"),
+        ("hmdb51", "testTrainMulti_7030_splits/walk_test_split1.txt", "B_walk_f_1.avi -1\n", r"split1.txt, line 2: .* is no name with 0, 1 or 2"),
+        ("hmdb51", "testTrainMulti_7030_splits/walk_test_split1.txt", "A_walk_f_1.avi 2\n", r"line 2 lists A_walk_f_1 as 'walk' in split test; .*line 1"),
+        ("k400", "annotations/val.csv", '"playing, loudly",-id_3,3,13,val\n', r"val.csv, line 4 lists -id_3_000003_000013 .* in split val; .*train.csv, line 5"),
+        ("k400", "annotations/val.csv", "dancing,v0,0,10,val\n", r"val.csv, line 4 lists v0_000000_000010 as 'dancing'"),
+        ("k400", "annotations/val.csv", "dancing,v9,,10,val\n", r"val.csv, line 4: not laid out as published \(ValueError"),
+        ("k400", "annotations/val.csv", "dancing\n", r"val.csv, line 4: not laid out as published \(KeyError"),
+    ],
+)  # fmt: skip
+def test_lists_that_contradict_themselves_are_refused_by_file_and_line(
+    tmp_path: Path, dataset: str, file: str, text: str, message: str
+) -> None:
+    root = PUT[dataset](tmp_path / "data")
+    (root / file).write_text((root / file).read_text() + text)
+    with pytest.raises(ConfigError, match=message):
+        convert(dataset, root)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [(-1, "has the label -1; .* has 0 to 1"), (2, "has the label 2"), ("0", "laid")]
+)
+def test_labels_beyond_the_vocabulary_are_refused(tmp_path: Path, label: Any, message: str) -> None:
+    """-1 would be the last class."""
+    root = put_diving48(tmp_path / "data")
+    rows = json.loads((root / "Diving48_V2_test.json").read_text())
+    rows[2]["label"] = label
+    put(root, {"Diving48_V2_test.json": json.dumps(rows)})
+    with pytest.raises(ConfigError, match=f"V2_test.json, entry 3: .*{message}"):
+        convert("diving48", root)
+
+
+def test_a_video_that_is_listed_again_is_there_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = put_ucf101(tmp_path / "data")
+    before, rows = convert("ucf101", root)
+    path = root / "ucfTrainTestlist/trainlist01.txt"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    assert convert("ucf101", root) == (before, rows)
+    assert "trainlist01.txt, line 41 lists v_Archery_g01_c01 again" in caplog.text
+
+
+def test_lists_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    root = put_ucf101(tmp_path / "data")
+    path = root / "ucfTrainTestlist/trainlist01.txt"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"trainlist01.txt is not UTF-8"):
+        convert("ucf101", root)
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    root = put_k400(tmp_path / "data")
+    (root / "videos/playing, loudly").rename(root / "videos" / os.fsdecode(b"playing \xff"))
+    with pytest.raises(
+        ConfigError, match=r"train.csv, line 2: the path videos/playing \\udcff/.* is not UTF-8; rename it"
+    ):
+        convert("k400", root)
