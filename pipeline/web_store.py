@@ -18,7 +18,13 @@ from pipeline.retry import retry
 from pipeline.storage import CHUNK_BYTES, Entry, RemoteStore, too_large
 
 _TIMEOUT_S = (10.0, 60.0)  # to connect, and between two pieces of the answer
-_MAX_FETCH_S = 3600.0
+_MIN_BYTES_PER_S = 2**17
+"""On average from the beginning of an answer on, once `_GRACE_S` are over: so a stated length also bounds the time."""
+_GRACE_S = 60.0
+_MAX_UNSTATED_S = 3600.0
+"""For an answer that does not state its length, whatever its rate."""
+_MAX_BYTES = 2**34
+"""Of a file that nobody else bounds, such as a manifest."""
 _MAX_REDIRECTS = 5
 _MAX_INT64 = 2**63 - 1
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -97,21 +103,42 @@ class WebStore(RemoteStore):
                 raise PermissionError(
                     f"{self.url}/{name}: HTTP status {answer.status_code} where a whole file was asked for"
                 )
+            self._check_size(name, _length(answer) or 0, max_bytes)  # before any of it is read
             for piece in self._body(answer):
                 file.write(piece)
-                if max_bytes is not None and file.tell() > max_bytes:
-                    raise too_large(file.tell(), max_bytes)
+                self._check_size(name, file.tell(), max_bytes)
         file.flush()
 
+    def _check_size(self, name: str, size_bytes: int, max_bytes: int | None) -> None:
+        if max_bytes is not None and size_bytes > max_bytes:
+            raise too_large(size_bytes, max_bytes)
+        if max_bytes is None and size_bytes > _MAX_BYTES:
+            raise PermissionError(
+                f"{self.url}/{name}: {size_bytes} bytes; at most {_MAX_BYTES} are read from a web server"
+            )
+
     def _body(self, answer: requests.Response) -> Iterator[bytes]:
-        """The bytes as they come: whatever the server may say of an encoding, nothing is unpacked."""
-        deadline, done, expected = time.monotonic() + _MAX_FETCH_S, 0, _length(answer)
+        """The bytes as they come, no more than the server stated: whatever it may say of an encoding, nothing is unpacked.
+
+        Raises:
+            TransientIO: they come too slowly, for too long, or are others in number than stated.
+        """
+        started_s, done, expected = time.monotonic(), 0, _length(answer)
         # read1 comes back with what there is, so that a server which sends a byte a minute meets the deadline.
         while piece := answer.raw.read1(CHUNK_BYTES, decode_content=False):
             done += len(piece)
+            if expected is not None and done > expected:
+                raise TransientIO(f"more than the {expected} bytes came that the server stated")
             yield piece
-            if time.monotonic() > deadline:
-                raise TransientIO(f"not finished after {_MAX_FETCH_S:.0f} s")
+            passed_s = time.monotonic() - started_s
+            if done < (passed_s - _GRACE_S) * _MIN_BYTES_PER_S:
+                raise TransientIO(
+                    f"{done} bytes came in {passed_s:.0f} s; at least {_MIN_BYTES_PER_S} a second are waited for"
+                )
+            if expected is None and passed_s > _MAX_UNSTATED_S:
+                raise TransientIO(
+                    f"not finished after {_MAX_UNSTATED_S:.0f} s, and the server does not state the file's length"
+                )
         if expected is not None and done != expected:
             raise TransientIO(f"{done} of {expected} bytes came")
 

@@ -147,13 +147,29 @@ class TestBadMoments:
 
     def test_a_byte_now_and_then(self, server: WebServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         """Never silent for long, and never done: only a deadline for the whole ends that."""
-        monkeypatch.setattr(web_store, "_MAX_FETCH_S", 0.2)
+        monkeypatch.setattr(web_store, "_GRACE_S", 0.2)
         monkeypatch.setattr(retry_module, "ATTEMPTS", 2)
-        server.pages["/root/b.mp4"] = Page(body=bytes(2000), drip_s=0.01)
-        started_s = time.monotonic()
-        with pytest.raises(TransientIO, match="not finished after"):
-            store.read("b.mp4")
-        assert time.monotonic() - started_s < 5
+        for page in (Page(body=bytes(2000), drip_s=0.01), Page(body=bytes(2000), drip_s=0.01, is_chunked=True)):
+            server.pages["/root/b.mp4"] = page
+            started_s = time.monotonic()
+            for call in (store.read, lambda name: store.read_range(name, 0, 2000)):
+                with pytest.raises(TransientIO, match=r"bytes came in 0 s; at least 131072 a second"):
+                    call("b.mp4")
+            assert time.monotonic() - started_s < 5
+
+    def test_a_body_without_a_length_has_an_end(
+        self, server: WebServer, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However fast: where no length is stated, it may as well go on for ever."""
+        monkeypatch.setattr(web_store, "_MAX_UNSTATED_S", 0.2)
+        monkeypatch.setattr(retry_module, "ATTEMPTS", 2)
+        server.pages["/root/b.mp4"] = Page(body=bytes(100_000), endless=True)
+        with pytest.raises(TransientIO, match="not finished after 0 s, and the server does not state"):
+            store.open("b.mp4", max_bytes=2**40)
+        monkeypatch.setattr(web_store, "_MAX_UNSTATED_S", 3600)
+        monkeypatch.setattr(web_store, "_MAX_BYTES", 10**6)
+        with pytest.raises(PermissionError, match="at most 1000000 are read from a web server"):
+            store.read("b.mp4")  # as a manifest is
 
 
 class TestHostile:
@@ -162,6 +178,22 @@ class TestHostile:
         with pytest.raises(BadVideo, match="at most 1000000 are allowed") as caught:
             store.open("b.mp4", max_bytes=1_000_000)
         assert caught.value.reject_class == "too-large" and len(server.requests) == 1
+
+    def test_a_stated_length_bounds_an_endless_body(self, server: WebServer, store: Store) -> None:
+        """Of a body that goes on, what was stated is taken, by whichever of the two ways a length is given."""
+        server.pages["/root/b.mp4"] = Page(body=bytes(1000), endless=True, headers={"Content-Length": "250000"})
+        assert store.open("b.mp4", max_bytes=10**6).read() == bytes(250_000)
+        headers = {"Content-Length": "5000", "Transfer-Encoding": "chunked"}
+        server.pages["/root/b.mp4"] = Page(body=b"3e8\r\n" + bytes(1000) + b"\r\n", endless=True, headers=headers)
+        with pytest.raises(TransientIO, match=r"more than the 5000 bytes came that the server stated"):
+            store.open("b.mp4", max_bytes=2**40)
+
+    def test_a_stated_length_over_the_limit_is_refused_unread(self, server: WebServer, store: Store) -> None:
+        server.pages["/root/b.mp4"] = Page(body=b"1", drip_s=9, headers={"Content-Length": str(2**40)})
+        started_s = time.monotonic()
+        with pytest.raises(BadVideo, match=f"a file of {2**40} bytes; at most 1000000"):
+            store.open("b.mp4", max_bytes=10**6)
+        assert time.monotonic() - started_s < 5 and len(server.requests) == 1
 
     def test_a_range_that_never_ends(self, server: WebServer, store: Store) -> None:
         server.pages["/root/b.mp4"] = Page(body=bytes(100_000), endless=True, status=206, ranges=False)
