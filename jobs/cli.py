@@ -13,7 +13,6 @@ import io
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from typing import Any
 import docstring_parser
 import tyro
 
-from jobs.cluster import prepare_environment
+from jobs import stopping
+from jobs.cluster import end_children, prepare_environment
 from jobs.paths import absolute_paths
 from jobs.result import JobResult
 from pipeline.errors import ConfigError, TokenreelError
@@ -135,9 +135,15 @@ _RECIPES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit with the job's code. SIGTERM ends a job as Ctrl-C does: it says so and how to resume."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    """Run the command line and exit with the job's code. SIGTERM and SIGHUP end a job as Ctrl-C does: in order, with its JSON
+    line and code 1."""
+    words = sys.argv[1:] if argv is None else argv
+    stopping.catch_signals(lambda stop: _say(_take_name(words)[0], stop))
+    code = run(words)
+    if stopping.was_stopped():
+        end_children()
+        os._exit(code)  # Ray's exit handlers would wait for what is gone, or abort
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -156,23 +162,35 @@ def run(argv: list[str]) -> int:
         if name not in _JOBS:
             raise ConfigError(f"no job {name!r}; allowed: {', '.join(_JOBS)}. See tokenreel --help")
         result = _run_job(name, rest)
-    except SystemExit as stop:  # --help has no code
-        return int(bool(stop.code))
-    except ConfigError as error:
-        result = _failure(name, "usage", str(error))
-    except (TokenreelError, FileNotFoundError, PermissionError) as error:
-        result = _failure(name, "failed", str(error))
-    except KeyboardInterrupt:
-        result = _failure(name, "failed", "interrupted; run the same command again to resume")
-    except BrokenPipeError:  # `tokenreel shard --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        log.exception("%s failed", name)
-        result = _failure(name, "failed", f"{type(error).__name__}: {error}")
+        stopping.begin_ending()
+    except BaseException as error:
+        stop = stopping.begin_ending()
+        if isinstance(error, BrokenPipeError):  # `tokenreel shard --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if isinstance(error, SystemExit) and stop is None:  # --help has no code
+            return int(bool(error.code))
+        result = _explain(name, stop or error)
     sys.stderr.flush()
     print(result.to_json(), flush=True)
     return result.exit_code
+
+
+def _explain(name: str, error: BaseException) -> JobResult:
+    """The result of a job that `error` ended, logged in one line, or with its traceback where nobody expected it."""
+    if isinstance(error, KeyboardInterrupt):
+        by = error.signal_name if isinstance(error, stopping.Stopped) else "Ctrl-C"
+        return _failure(name, "failed", f"stopped by {by}; run the same command again to resume")
+    if isinstance(error, ConfigError):
+        return _failure(name, "usage", str(error))
+    if isinstance(error, TokenreelError | FileNotFoundError | PermissionError):
+        return _failure(name, "failed", str(error))
+    log.error("%s failed", name, exc_info=error)
+    return _failure(name, "failed", f"{type(error).__name__}: {error}")
+
+
+def _say(name: str, stop: stopping.Stopped) -> None:
+    print(_explain(name, stop).to_json(), flush=True)
 
 
 def _take_name(argv: list[str]) -> tuple[str, list[str]]:
@@ -187,11 +205,9 @@ def _take_name(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run_job(name: str, argv: list[str]) -> JobResult:
-    options = absolute_paths(parse_options(name, argv))
-    try:
-        result: JobResult = importlib.import_module(_JOBS[name].module).run(options)
-    except SystemExit as stop:  # as SIGTERM is answered, here and by Ray in its driver
-        raise TokenreelError("told to stop (SIGTERM); run the same command again to resume") from stop
+    with stopping.deferred_signals():
+        module = importlib.import_module(_JOBS[name].module)
+    result: JobResult = module.run(absolute_paths(parse_options(name, argv)))
     return result
 
 

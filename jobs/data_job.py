@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.capacity import report_waiting
 from jobs.config import CONFIG_NAME, to_plain, to_text
 from jobs.folder import work_folder
 from jobs.gauges import JobMetrics
@@ -129,6 +130,7 @@ class DataJob:
         warned = set[str]()
         metrics = JobMetrics(self._job, self.out.name)
         with (
+            report_waiting(self._job, {"CPU": 1}),
             Progress(self._job, "shards", total, total - len(self.todo)) as bar,
             Journal(work_folder(self.out)) as journal,
             contextlib.suppress(_TooManyRejects),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 GAUGES = {
     "tokenreel_shards_done": "Shards of a data job that are committed.",
@@ -27,7 +30,8 @@ _TAGS = ("job", "run", "class")
 
 
 class JobMetrics:
-    """The gauges of one job, made as their first values come; needs a connection to Ray.
+    """The gauges of one job, made as their first values come; needs a connection to Ray. They never end a job: what Ray does
+    not take is left out, with one warning.
 
     Args:
         job: "shard", "pretrain", ...
@@ -35,12 +39,23 @@ class JobMetrics:
     """
 
     def __init__(self, job: str, run: str) -> None:
-        self._tags = {"job": job, "run": run, "class": ""}
+        # Ray takes ASCII alone in the value of a tag; other letters keep a form that names the run.
+        self._tags = {"job": job, "run": run.encode("ascii", "backslashreplace").decode(), "class": ""}
         self._gauges: dict[str, Any] = {}
+        self._is_refused = False
 
     def set(self, figures: Mapping[str, float]) -> None:
         """Export those of `figures` that `GAUGES` knows, by their names without the prefix; `rejected/CLASS` are rejects
         of a class."""
+        if self._is_refused:
+            return
+        try:
+            self._set(figures)
+        except Exception as error:
+            self._is_refused = True
+            log.warning("no figures for Prometheus from here on; the job goes on without: %r", error)
+
+    def _set(self, figures: Mapping[str, float]) -> None:
         for figure, value in figures.items():
             name, _, kind = f"tokenreel_{figure}".partition("/")
             if name not in GAUGES or (name == "tokenreel_rejected" and not kind):

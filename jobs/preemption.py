@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from typing import Any
 
@@ -10,6 +9,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
 from jobs.network import use_node_interface
+from jobs.stopping import take_sigterm
 
 _told = threading.Event()
 
@@ -42,4 +42,4 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # a property t
 
 def _note_sigterm() -> None:
     _told.clear()
-    signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    take_sigterm(_told.set)

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jobs.description import describe, origin_tags
 from jobs.journal import JOURNAL_NAME, parse_row
 from jobs.mlflow_store import digest_text, open_client, probe_store, redact_uri
+from jobs.registry import register
 from jobs.spool import MAX_TAG, SPOOL_NAME, STATE_NAME, clean_name, read_json, write_json
+from pipeline.errors import TokenreelError
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +31,7 @@ _READ_BYTES = 4 << 20
 _METRICS_A_CALL = 1000
 _PAIRS_A_CALL = 100
 _MAX_INPUT_TAG = 500
-_MODEL_FILES = ("config.json", "model.safetensors")
-"""What makes a model another one. The files that MLflow writes beside them hold a new UUID and time after each export."""
+_NOTE = "mlflow.note.content"
 
 
 class Shipper:
@@ -47,7 +49,10 @@ class Shipper:
         self._deadline_s = math.inf
         self._warned_s = -math.inf
         self._thread = threading.Thread(target=self._run, name="tokenreel-mlflow", daemon=True)
+        self._files_backoff_s, self._next_files_s = _POLL_S, 0.0
         self.is_done = False
+        self.missing: list[str] = []
+        """What MLflow's stores of files and models refused at the last try."""
 
     @property
     def run_id(self) -> str | None:
@@ -105,11 +110,41 @@ class Shipper:
         self._ship_inputs(spool)
         for path in [self._out / JOURNAL_NAME, *sorted(self._out.glob("system*.jsonl"))]:
             self._ship_journal(path)
-        self._ship_files(sorted(self._out.glob("pictures/*.png")), "pictures")
+        is_ending = self._closing.is_set() and spool["ending"] is not None
+        if is_ending:  # before any file: a store that refuses those must not leave the run RUNNING
+            self._ship_ending(spool["ending"])
+        self._ship_description(spool)
+        if is_ending or time.monotonic() >= self._next_files_s:
+            self._ship_extras(spool, is_ending)
+
+    def _ship_extras(self, spool: dict[str, Any], is_ending: bool) -> None:
+        """Files, models and what other runs shall know, each apart: MLflow may keep them elsewhere than its numbers, and refuse them."""
+        pictures = sorted(self._out.glob("pictures/*.png"))
+        kinds: dict[str, Callable[[], None]] = {"pictures": lambda: self._ship_files(pictures, "pictures")}
+        if is_ending:
+            artifacts = [Path(path) for path in spool["ending"]["artifacts"]]
+            kinds["files"] = lambda: self._ship_files(artifacts, None)
         for alias, model in spool["models"].items():
-            self._ship_model(alias, model, spool["tags"])
-        if self._closing.is_set() and (ending := spool["ending"]) is not None:
-            self._ship_ending(ending)
+            kinds[f"{alias} model"] = functools.partial(self._ship_model, alias, model, spool)
+        if is_ending:
+            kinds["numbers beside the model"] = lambda: self._ship_verdict(spool)
+        failed: dict[str, Exception] = {}
+        for kind, ship in kinds.items():
+            try:
+                ship()
+            except Exception as error:
+                failed[kind] = error
+        self.missing = list(failed)
+        self._files_backoff_s = min(2 * self._files_backoff_s, _BACKOFF_MAX_S) if failed else _POLL_S
+        self._next_files_s = time.monotonic() + self._files_backoff_s if failed else 0.0
+        if failed:
+            first = next(iter(failed.values()))
+            self._warn(
+                f"MLflow at {redact_uri(self._uri)} has the run of {self._out}, and not its {', '.join(failed)}: {_brief(first)}"
+                f"{_way_out(first)}"
+            )
+            if is_ending:
+                raise first
 
     def _attach(self, spool: dict[str, Any]) -> None:
         """Find the folder's run, or create it, and set it to RUNNING unless it is ending."""
@@ -133,7 +168,7 @@ class Shipper:
             if spool["ending"] is None:
                 self._client.update_run(runs[0].info.run_id, status="RUNNING")
             return str(runs[0].info.run_id)
-        tags = {"tokenreel.spool_id": spool["spool_id"], "mlflow.source.name": "tokenreel"}
+        tags = {"tokenreel.spool_id": spool["spool_id"], **origin_tags(spool["tags"]["tokenreel.job"])}
         run = self._client.create_run(experiment_id, spool["start_time_ms"], tags, spool["name"])
         return str(run.info.run_id)
 
@@ -151,6 +186,12 @@ class Shipper:
         from mlflow.exceptions import MlflowException
 
         if (experiment := self._client.get_experiment_by_name(name)) is not None:
+            if experiment.lifecycle_stage != "active":
+                number = experiment.experiment_id
+                raise TokenreelError(
+                    f"experiment {name} was deleted there; restore it (mlflow experiments restore --experiment-id {number}), or name "
+                    "another one in MLFLOW_EXPERIMENT_NAME and run the command again"
+                )
             return str(experiment.experiment_id)
         location = None
         if self._uri.startswith("sqlite:"):
@@ -280,37 +321,47 @@ class Shipper:
                 self._state["files"][key] = version
                 self._save_state()
 
-    def _ship_model(self, alias: str, model: dict[str, str], tags: dict[str, str]) -> None:
-        from mlflow.exceptions import MlflowException
+    def _ship_model(self, alias: str, model: dict[str, str], spool: dict[str, Any]) -> None:
+        known = self._state["models"]
+        register(self._client, self._state["run_id"], alias, model, known, spool["tags"], self._state["note"])
+        self._save_state()
 
-        name, folder = model["name"], Path(model["folder"])
-        if not any((folder / one).is_file() for one in _MODEL_FILES):
-            self._warn(f"no model registered: {folder} holds none of {', '.join(_MODEL_FILES)}")
+    def _ship_description(self, spool: dict[str, Any]) -> None:
+        """Tell on the run's page what it was made from, with links, and how it ended; what a person wrote there stays."""
+        if (digest := digest_text([spool["inputs"], spool["ending"]])) == self._state["described"]:
             return
-        digest = digest_model(folder)
-        known: dict[str, str] = self._state["models"]
-        if known.get(f"{name}@{alias}") == digest:
+        experiments = {}
+        for run_id in {one["run_id"] for one in spool["inputs"] if one["run_id"]}:
+            with contextlib.suppress(Exception):  # of another store, or deleted: named without a link
+                experiments[run_id] = str(self._client.get_run(run_id).info.experiment_id)
+        text = describe(spool, experiments)[:MAX_TAG]
+        if self._client.get_run(self.run_id).data.tags.get(_NOTE, "") in ("", self._state["note"]):
+            self._send("description", self._client.set_tag, self.run_id, _NOTE, text)
+        self._state["described"], self._state["note"] = digest, text
+        self._save_state()
+
+    def _ship_verdict(self, spool: dict[str, Any]) -> None:
+        """Put an ending's numbers on the versions of the run's own model, and those of an evaluation on its model's run."""
+        from mlflow.entities import Metric
+
+        ending = spool["ending"]
+        if (digest := digest_text([ending, spool["models"]])) == self._state["verdict"]:
             return
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
-        same = [one for one in versions if one.name == name and one.tags.get("tokenreel.digest") == digest]
-        if same:
-            version = same[0]
-        else:
-            # A version must keep its bytes: the model of a run that was continued goes to a folder of its own.
-            where = f"{alias}_model-{digest[:8]}" if f"{name}@{alias}" in known else f"{alias}_model"
-            self._client.log_artifacts(self.run_id, str(folder), where)
-            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{where}"
-            lineage = {key: value for key, value in tags.items() if key.startswith("tokenreel.")}
-            version = self._client.create_model_version(
-                name, source, self.run_id, {**lineage, "tokenreel.digest": digest}
-            )
-        self._client.set_registered_model_alias(name, alias, version.version)
-        known[f"{name}@{alias}"] = digest
+        is_evaluation = spool["tags"]["tokenreel.job"] == "evaluate"
+        runs = [
+            one["run_id"] for one in spool["inputs"] if is_evaluation and one["context"] == "model" and one["run_id"]
+        ]
+        for run_id in runs:
+            metrics = [Metric(f"evaluate/{k}", float(v), ending["time_ms"], 0) for k, v in ending["summary"].items()]
+            self._send("evaluation", self._client.log_batch, run_id, metrics=metrics[:_METRICS_A_CALL])
+        for run_id in runs if is_evaluation else [self.run_id]:
+            for version in self._client.search_model_versions(f"run_id = '{run_id}'"):
+                for key, value in ending["summary"].items():
+                    name = clean_name(f"evaluate/{key}" if is_evaluation else key)
+                    self._client.set_model_version_tag(version.name, version.version, name, f"{float(value):.6g}")
+                if not is_evaluation:
+                    self._client.update_model_version(version.name, version.version, self._state["note"])
+        self._state["verdict"] = digest
         self._save_state()
 
     def _ship_ending(self, ending: dict[str, Any]) -> None:
@@ -318,7 +369,6 @@ class Shipper:
 
         if (digest := digest_text(ending)) == self._state["ending"]:
             return
-        self._ship_files([Path(path) for path in ending["artifacts"]], None)
         steps = [step for key, step in self._state["last_steps"].items() if not key.startswith("system/")]
         last_step = max(steps, default=0)
         metrics = [Metric(key, float(value), ending["time_ms"], last_step) for key, value in ending["summary"].items()]
@@ -353,6 +403,9 @@ class Shipper:
             "files": {},
             "models": {},
             "ending": "",
+            "described": "",
+            "note": "",
+            "verdict": "",
         }
 
     def _read_state(self) -> dict[str, Any]:
@@ -369,24 +422,6 @@ class Shipper:
             log.warning(message)
 
 
-def digest_model(folder: Path) -> str:
-    """Digest of a model's folder: the same for each export of the same weights, config and set of files."""
-    files = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
-    contents = [
-        _hash_content(folder / name, files[name].st_size, files[name].st_mtime_ns)
-        for name in _MODEL_FILES
-        if name in files
-    ]
-    return digest_text([list(files), contents])
-
-
-@functools.lru_cache(maxsize=8)
-def _hash_content(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """SHA-256 of a file; its size and time are there so that a large one is not read again at each pass of the shipper."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_metrics(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in row.items():
         if key not in ("step", "time_s"):
@@ -401,6 +436,12 @@ def _hash_before(file: BinaryIO, offset: int, num_bytes: int = 256) -> str:
     start = max(0, offset - num_bytes)
     file.seek(start)
     return hashlib.sha256(file.read(offset - start)).hexdigest()[:16]
+
+
+def _way_out(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"; install {error.name} where the job runs"
+    return "; the same command sends them once the store of artifacts takes them"
 
 
 def _brief(error: Exception) -> str:

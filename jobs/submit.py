@@ -23,6 +23,7 @@ import tyro
 from jobs.config import to_text
 from jobs.pack import pack_folder
 from jobs.result import EXIT_CODES, JobResult, Status
+from jobs.stopping import Stopped
 from pipeline.errors import ConfigError, TokenreelError
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,9 @@ class SubmitConfig:
             raise ConfigError(
                 f"submit: max_pack_mb = {self.max_pack_mb} must be more than 0, num_cpus = {self.num_cpus} 0 or more"
             )
-        if not re.fullmatch(r"[\w.-]*", self.name):
+        if not re.fullmatch(r"[\w.-]*", self.name, re.ASCII):
             raise ConfigError(
-                f"submit: name = {self.name!r}: letters, digits and _ . - only; it becomes part of an address"
+                f"submit: name = {self.name!r}: ASCII letters, digits and _ . - only; it becomes part of an address"
             )
         if missing := [name for name in self.env if name not in os.environ]:
             raise ConfigError(f"--env {missing[0]}: no such environment variable here; export it, or leave it out")
@@ -120,7 +121,7 @@ def describe(config: SubmitConfig) -> Submission:
         )
     text = f"{job} {to_text(job_config)}"
     target = out or text
-    folder = re.sub(r"[^\w.-]", "-", Path(out.partition("?")[0]).name) or "job"
+    folder = re.sub(r"[^\w.-]", "-", Path(out.partition("?")[0]).name, flags=re.ASCII) or "job"
     default = f"{job}-{folder}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
     # -P: what stands in the working directory is never mistaken for our packages.
     return Submission(
@@ -153,8 +154,9 @@ def run(config: SubmitConfig) -> JobResult:
             return JobResult(job=submission.job, out="", figures=_figures(newest))
         try:
             log_text = asyncio.run(_follow(client, submission_id))
-        except KeyboardInterrupt:
-            if config.on_interrupt == "leave":
+        except KeyboardInterrupt as stop:
+            is_by_hand = not isinstance(stop, Stopped) or stop.signal_name == "SIGINT"
+            if config.on_interrupt == "leave" or not is_by_hand:
                 log.warning(f"submit: {submission_id} goes on; the same command follows it, --action stop stops it")
                 raise
             log.warning(f"submit: stopping {submission_id}; the same command starts it again, and it resumes")

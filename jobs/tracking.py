@@ -32,11 +32,13 @@ from jobs.journal import SystemSampler
 from jobs.mlflow_store import resolve_tracking_uri
 from jobs.shipper import Shipper
 from jobs.spool import MAX_TAG, SPOOL_NAME, STATE_NAME, clean_name, read_json, write_json
+from jobs.stopping import begin_ending
 
 log = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _MAX_PARAM = 6000
+_CLOSE_S, _CLOSE_WHEN_STOPPED_S = 20.0, 15.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +185,7 @@ class Tracker:
         }
         self._save()
 
-    def close(self, timeout_s: float = 20.0) -> bool:
+    def close(self, timeout_s: float = _CLOSE_S) -> bool:
         """Give the shipper up to `timeout_s` for what is left, and return whether MLflow has all of it.
 
         With MLflow down it gives up after three attempts, a few seconds. What is left stays in the folder.
@@ -195,7 +197,8 @@ class Tracker:
             self._shipper.stop(timeout_s)
             self._identified()
             if not self._shipper.is_done:
-                log.warning(f"MLflow does not have all of {self._out} yet; the rest goes there at the next open of it")
+                what = ", ".join(self._shipper.missing) or "all"
+                log.warning(f"MLflow does not have {what} of {self._out} yet; the same command sends the rest")
         return self._shipper.is_done
 
     def __enter__(self) -> Tracker:
@@ -204,10 +207,14 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if is_stopped:
+            begin_ending()
         if self._spool["ending"] is None:
             failed: RunStatus = "FAILED" if kind is not None and issubclass(kind, Exception) else "KILLED"
             self.finish("FINISHED" if kind is None else failed)
-        self.close()
+        # Who asked the process to end will not wait for long.
+        self.close(_CLOSE_WHEN_STOPPED_S if is_stopped else _CLOSE_S)
 
     def _save(self) -> None:
         try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,17 +20,19 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs import loop
+from jobs.capacity import report_waiting
 from jobs.checkpoint import best_checkpoint, list_checkpoints, read_cursor
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
 from jobs.gauges import JobMetrics
-from jobs.journal import JOURNAL_NAME, read_journal
+from jobs.journal import JOURNAL_NAME, last_row, read_journal
 from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
 from jobs.mirror import MARKER_NAME, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
 from jobs.run_folders import agree_on_folder, explain_absence, settle_start
+from jobs.stopping import kept_handlers
 from jobs.tracking import DatasetInput, Tracker
 from jobs.workers import WorkersConfig, usable_workers
 from models.optim import OptimConfig
@@ -213,21 +214,22 @@ def _fit(
         "mirror": mirror,
         "num_parts": num_parts,
     }
-    with connect(), follow(out / JOURNAL_NAME, job, config.steps):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connect())
         resources = _choose_resources(workers)  # once: after a preemption the cluster is smaller for a while
+        needs = {name: amount * workers.fewest for name, amount in resources.items() if amount}
+        before = last_row(out / JOURNAL_NAME)
+        stack.enter_context(report_waiting(job, needs, lambda: last_row(out / JOURNAL_NAME) != before))
+        stack.enter_context(follow(out / JOURNAL_NAME, job, config.steps))
         for num_preemptions in range(workers.max_preemptions + 1):
-            on_interrupt = signal.getsignal(signal.SIGINT)
             try:
-                outcome: _Outcome = _make_trainer(out, workers, settings, resources).fit().return_value
-            except SystemExit:  # how Ray Train ends the driver at Ctrl-C, with code 0
-                raise KeyboardInterrupt from None
+                with kept_handlers():
+                    outcome: _Outcome = _make_trainer(out, workers, settings, resources).fit().return_value
             except Exception as error:  # Ray wraps whatever a worker raised
                 raise TrainingFailed(
                     f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
                 ) from error
             finally:
-                if threading.current_thread() is threading.main_thread():  # only there Ray Train replaced it
-                    signal.signal(signal.SIGINT, on_interrupt)
                 shutil.rmtree(out / "ray", ignore_errors=True)
             if outcome.error is not None:
                 raise outcome.error

@@ -20,9 +20,12 @@ def run_command(*args: object, cwd: Path, address: str = "", expect: int = 0) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def start_command(*args: object, cwd: Path, address: str) -> subprocess.Popen[str]:
+def start_command(*args: object, cwd: Path, address: str, start_new_session: bool = False) -> subprocess.Popen[str]:
     """Start a command; its stdout is a pipe."""
-    return subprocess.Popen(_words(args), cwd=cwd, env=_environment(address), stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        _words(args), cwd=cwd, env=_environment(address), stdout=subprocess.PIPE, text=True,
+        start_new_session=start_new_session,
+    )  # fmt: skip
 
 
 def kill_command(*args: object, cwd: Path, address: str, when: Callable[[], bool]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from jobs.config import CONFIG_NAME
 from jobs.model_folder import Features, add_mlflow_model, load_model, write_model
-from jobs.shipper import digest_model
+from jobs.registry import digest_model
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
 
