@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -424,3 +425,93 @@ def test_no_password_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 )
 def test_users_and_passwords_are_cut_out_of_uris(uri: str, shown: str) -> None:
     assert redact_uri(uri) == shown
+
+
+@pytest.mark.parametrize(
+    ("place", "has_boto3", "way_out"),
+    [
+        ("s3://nobodys-bucket-of-tokenreel/runs", False, "install boto3"),
+        ("s3://nobodys-other-bucket-of-tokenreel/runs", True, "the same command sends them"),
+        ("file:///proc/nobody/writes/here", True, "the same command sends them"),
+    ],
+)
+def test_a_store_that_refuses_files_keeps_no_run_open(
+    place: str,
+    has_boto3: bool,
+    way_out: str,
+    tmp_path: Path,
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """S3 without credentials or boto3, and a folder that cannot be written."""
+    if not has_boto3:
+        monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
+    client.create_experiment(tmp_path.name, artifact_location=place)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "masks_00000001.png").write_bytes(b"png")
+    (tmp_path / "model.safetensors").write_bytes(b"0")
+    with open_tracker(tmp_path) as tracker, Journal(tmp_path) as journal:
+        journal.log(1, {"loss": 1.0})
+        tracker.register_model("refused", tmp_path, "final")
+        tracker.finish("FINISHED", {"accuracy": 0.5}, [tmp_path / "model.safetensors"])
+        assert not tracker.close(60)
+    run = client.get_run(read_run_id(tmp_path))
+    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0, "accuracy": 0.5}
+    assert "and not its pictures" in caplog.text and way_out in caplog.text
+    assert "does not have pictures, files, final model" in caplog.text
+
+
+def test_a_deleted_experiment_is_named_with_the_way_back(
+    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "deleted")
+    with open_tracker(tmp_path / "first"):
+        pass
+    experiment = client.get_experiment_by_name("deleted").experiment_id
+    client.delete_experiment(experiment)
+    with open_tracker(tmp_path / "second") as tracker:
+        assert not tracker.close(10)
+    assert f"mlflow experiments restore --experiment-id {experiment}" in caplog.text
+    assert "MLFLOW_EXPERIMENT_NAME" in caplog.text
+
+
+def test_a_page_says_who_made_what_from_what_and_how_it_came_out(tmp_path: Path, client: Any) -> None:
+    tokens, model = tmp_path / "tokens", tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"0")
+    with open_tracker(tokens, job="tokenize", tags={"tokenreel.out": str(tokens)}):
+        pass
+    source = DatasetInput(name="to*kens", fingerprint="a" * 32, uri=str(tokens))
+    with open_tracker(model, inputs=[source]) as tracker:
+        tracker.register_model("described", model, "final")
+        tracker.finish("FINISHED", {"loss_end": 2.5})
+    trained = DatasetInput(name="model", fingerprint="b" * 32, uri=str(model), context="model")
+    with open_tracker(model / "evaluation", job="evaluate", inputs=[trained]) as tracker:
+        tracker.finish("FINISHED", {"probe@5": 0.75})
+    run = client.get_run(read_run_id(model))
+    tags, parent = run.data.tags, client.get_run(read_run_id(tokens))
+    assert tags["mlflow.user"] == getpass.getuser() and tags["mlflow.source.name"] == "tokenreel pretrain"
+    root = Path(__file__).parent.parent.parent
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        assert tags["mlflow.source.git.commit"] == head.stdout.strip()
+    note = tags["mlflow.note.content"]
+    link = f"[to\\*kens](#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id})"
+    assert link in note and "| loss_end | 2.5 |" in note
+    assert f"-> `{tokens}`" in parent.data.tags["mlflow.note.content"]
+    assert run.data.metrics["evaluate/probe_5"] == 0.75
+    (version,) = client.search_model_versions("name = 'described'")
+    assert version.description == note
+    assert version.tags["loss_end"] == "2.5" and version.tags["evaluate/probe_5"] == "0.75"
+
+
+def test_what_a_person_wrote_about_a_run_stays(tmp_path: Path, client: Any) -> None:
+    with open_tracker(tmp_path):
+        pass
+    client.set_tag(read_run_id(tmp_path), "mlflow.note.content", "mine")
+    with open_tracker(tmp_path) as tracker:
+        tracker.finish("FINISHED", {"loss": 1.0})
+    assert client.get_run(read_run_id(tmp_path)).data.tags["mlflow.note.content"] == "mine"
