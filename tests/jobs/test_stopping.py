@@ -17,6 +17,9 @@ _HEAD = """
 import signal, sys, time
 from jobs import cli, stopping
 
+import dataclasses
+
+@dataclasses.dataclass
 class Config: ...
 
 def wait(body=lambda: time.sleep(60)):
@@ -24,7 +27,7 @@ def wait(body=lambda: time.sleep(60)):
     body()
 
 cli._JOBS["wait"] = cli._Job(module="__main__", config="Config", summary="")
-cli.parse_options = lambda name, words: None
+cli.parse_options = lambda name, words: Config()
 sys.argv = ["tokenreel", "wait"]
 """
 
