@@ -71,6 +71,7 @@ class Picture:
     matrix, primaries, transfer: by ffmpeg's names, "unknown" where nothing is stated; matrix is gbr for RGB.
     color_range: tv, pc or unknown.
     is_square: whether pixels are as wide as they are high.
+    is_turned: whether the container turns or mirrors them.
     """
 
     scan: str = "progressive"
@@ -79,6 +80,7 @@ class Picture:
     transfer: str = "unknown"
     color_range: str = "unknown"
     is_square: bool = True
+    is_turned: bool = False
 
     @property
     def color(self) -> str:
@@ -109,6 +111,7 @@ def read_picture(stream: dict[str, Any]) -> Picture:
         transfer=_known(stream.get("color_transfer"), _TRANSFERS),
         color_range=_known(stream.get("color_range"), ("tv", "pc")),
         is_square=pixel_aspect(stream) == 1,
+        is_turned=_is_turned(stream),
     )
 
 
@@ -183,7 +186,7 @@ def transcoded(picture: Picture, config: DisplayConfig, codec: str) -> Picture:
         return Picture(scan=scan, matrix="bt709", primaries="bt709", transfer="bt709", color_range="tv")
     # In H.264 no range is written where nothing else is stated.
     is_stated = codec != "h264" or {picture.matrix, picture.primaries, picture.transfer} != {"unknown"}
-    return replace(picture, scan=scan, color_range="tv" if is_stated else "unknown", is_square=True)
+    return replace(picture, scan=scan, color_range="tv" if is_stated else "unknown", is_square=True, is_turned=False)
 
 
 def describe_changes(picture: Picture, config: DisplayConfig) -> str:
@@ -193,6 +196,18 @@ def describe_changes(picture: Picture, config: DisplayConfig) -> str:
         "tone-mapped" if tone_mapping(picture, config, "yuv420p") else "",
     ]
     return ",".join(word for word in done if word)
+
+
+def _is_turned(stream: dict[str, Any]) -> bool:
+    """Whether the display matrix does more than show what is stored: its first two rows are not a positive diagonal."""
+    for side_data in stream.get("side_data_list", []):
+        rows = [
+            line.split(":")[1].split() for line in str(side_data.get("displaymatrix", "")).splitlines() if ":" in line
+        ]
+        if len(rows) >= 2:
+            (right, down), (left, up) = (tuple(map(int, row[:2])) for row in rows[:2])
+            return right <= 0 or up <= 0 or down != 0 or left != 0
+    return False
 
 
 def _known(value: Any, names: tuple[str, ...]) -> str:

@@ -7,19 +7,16 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from pipeline import ffmpeg
+from pipeline.containers import choose_container
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits, Process
 from pipeline.packets import PacketTimes
 from pipeline.probe import VideoInfo
 from pipeline.schema import ClipSpan
-from pipeline.transcode import MP4, MP4_CONTAINER
+from pipeline.transcode import MP4_CONTAINER
 
-# What the MP4 muxer takes and common players read; everything else goes to Matroska, which takes all.
-_MP4_VIDEO = ("h264", "hevc", "av1", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")
-_MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "opus", "flac", "alac", "mp2")
 _LEADS_S = (0.0, 3.0, 12.0)
 """How much earlier to look for the keyframe, one after the other, where a container without an index missed it."""
-_MATROSKA = ("-f", "matroska", "-fflags", "+bitexact", "-map_metadata", "-1", "-map_chapters", "-1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +63,7 @@ def _copy_packets(
 ) -> Remuxed | None:
     """The packets from the keyframe that a seek to `span.start_s` finds; None where it finds none."""
     sound = audio and info.audio_codec
-    mp4 = info.codec in _MP4_VIDEO and (not sound or info.audio_codec in _MP4_AUDIO)
+    container = choose_container(info, info.audio_codec if sound else "")
     num_frames = (info.duration_s * 1.2 + 1) * min(info.fps, 1000)
     share = min(1.0, (span.duration_s + 10) / info.duration_s)
     bound = min(limits.max_file_bytes, int(1.1 * source_bytes + 64 * num_frames) + 2**20)
@@ -85,7 +82,7 @@ def _copy_packets(
             "0:V:0",
             *(["-map", "0:a:0"] if sound else []),
         ]
-        command += ["-c", "copy", *cut, "-avoid_negative_ts", "make_zero", *(MP4 if mp4 else _MATROSKA)]
+        command += ["-c", "copy", *cut, "-avoid_negative_ts", "make_zero", *container.words]
         command += [ffmpeg.source_url(out), "-map", "0:V:0", *cut, *packets.output()]
         with Process(command, [file, out], limits, pipes=[packets.pipe], max_file_bytes=bound) as process:
             for _, chunk in process.read():
@@ -97,7 +94,7 @@ def _copy_packets(
         stack.pop_all()
     stored = replace(
         info,
-        container=MP4_CONTAINER if mp4 else "matroska,webm",
+        container=container.name,
         duration_s=packets.end_s - packets.first_s,
         audio_codec=info.audio_codec if sound else "",
     )
@@ -106,7 +103,7 @@ def _copy_packets(
         if whole
         else ClipSpan(start_s=max(0.0, span.start_s + packets.first_s), end_s=span.start_s + packets.end_s)
     )
-    return Remuxed(file=out, span=held, info=stored, ext="mp4" if mp4 else "mkv")
+    return Remuxed(file=out, span=held, info=stored, ext=container.ext)
 
 
 def _end_words(info: VideoInfo, duration_s: float) -> list[str]:

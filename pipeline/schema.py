@@ -29,6 +29,7 @@ REJECT_CLASSES = (
     "not-video",  # no known container in it
     "no-video-stream",  # audio or subtitles only
     "corrupt",  # a container that cannot be decoded
+    "unsupported",  # sound, but not to be stored in the way that was asked for
     "too-large",  # resolution, duration or frame budget exceeded
     "duplicate",  # the same bytes as an earlier file
     "timeout",  # ffmpeg ran out of wall-clock or CPU time

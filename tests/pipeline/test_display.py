@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 
 from pipeline.clips import ClipConfig
+from pipeline.containers import choose_container
 from pipeline.cut import Cut
 from pipeline.cutting import cut_video
 from pipeline.decode import FrameConfig, decode_frames
 from pipeline.display import DisplayConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import probe
 from pipeline.sharding import ShardSettings
@@ -128,6 +131,77 @@ class TestPixelShape:
             assert cut.info is not None and cut.info.picture.is_square
             assert (cut.info.width, cut.info.height) == shown
             assert show(clip) == [7] * 6
+
+
+_TURNS = {
+    "a quarter turn": (0, 1, -1, 0),
+    "half a turn": (-1, 0, 0, -1),
+    "mirrored": (-1, 0, 0, 1),
+    "upside down, mirrored": (1, 0, 0, -1),
+    "a quarter turn, mirrored": (0, 1, 1, 0),
+}
+
+_UNDO = {
+    "a quarter turn": "transpose=cclock",
+    "half a turn": "hflip,vflip",
+    "mirrored": "hflip",
+    "upside down, mirrored": "vflip",
+    "a quarter turn, mirrored": "transpose=cclock_flip",
+}
+
+
+def turn(path: Path, matrix: tuple[int, ...]) -> None:
+    """Write a display matrix (a b c d) into the track header of an MP4 or MOV."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44  # a header of version 0
+    a, b, c, d = (number * 2**16 for number in matrix)
+    struct.pack_into(">9i", data, place, a, b, 0, c, d, 0, 0, 0, 2**30)
+    path.write_bytes(data)
+
+
+class TestTurned:
+    """What the container turns is upright wherever it goes: in MP4, and where MP4 has no place for the codec."""
+
+    @pytest.mark.parametrize("name", _TURNS)
+    @pytest.mark.parametrize("codec", ["libx264", "prores"])
+    def test_remuxed_and_transcoded(self, tmp_path: Path, name: str, codec: str) -> None:
+        pixels = "yuv420p" if codec == "libx264" else "yuv422p10le"
+        words = ["-c:v", codec, "-vf", f"{_UNDO[name]},format={pixels}", "-pix_fmt", pixels]
+        path = encode(tmp_path / "c.mov", [7] * 6, *words, width=144, height=96)
+        turn(path, _TURNS[name])
+        assert show(path) == [7] * 6
+        stored = self.remux(path)
+        assert stored.suffix == (".mp4" if codec == "libx264" else ".mov")
+        clip, _ = transcode(path, tmp_path)
+        assert show(stored) == show(clip) == [7] * 6
+        assert read(decode(stored)[0])[0] == read(decode(clip)[0])[0] == 7
+
+    def remux(self, path: Path, **settings: Any) -> Path:
+        stored = path.with_name("nothing")
+        with path.open("rb") as source:
+            for cut in cut_video(source, probe(source, LIMITS), None, ShardSettings(storage="remux", **settings)):
+                assert cut.clip is not None and cut.info is not None and cut.info.picture.is_turned, cut.error
+                stored = path.with_name(f"stored.{cut.ext}")
+                stored.write_bytes(cut.clip.read())
+        return stored
+
+    def test_sound_that_mp4_does_not_take(self, tmp_path: Path) -> None:
+        sound = ["-f", "lavfi", "-i", "sine=duration=0.3"]
+        words = ["-c:v", "libx264", "-vf", "transpose=cclock", "-c:a", "pcm_s16le", "-map", "0", "-map", "1"]
+        path = encode(tmp_path / "c.mov", [7] * 6, *words, width=144, height=96, before=sound)
+        turn(path, _TURNS["a quarter turn"])
+        stored = self.remux(path, audio=True)
+        assert stored.suffix == ".mov" and show(stored) == [7] * 6
+
+    def test_what_no_container_would_hold_upright(self, tmp_path: Path) -> None:
+        path = encode(tmp_path / "c.mov", [7] * 6, "-c:v", "libx264")
+        turn(path, _TURNS["mirrored"])
+        with path.open("rb") as source:
+            info = replace(probe(source, LIMITS), audio_codec="vorbis")
+        with pytest.raises(BadVideo, match="h264 with vorbis; use --storage transcode") as caught:
+            choose_container(info, "vorbis")
+        assert caught.value.reject_class == "unsupported"
+        assert choose_container(replace(info, picture=replace(info.picture, is_turned=False)), "vorbis").ext == "mkv"
 
 
 def combs(frames: np.ndarray) -> float:
