@@ -142,7 +142,7 @@ def _crops_command(
     short = (duration_s - config.start_s) * config.fps < 1
     sizes = list(dict.fromkeys(crop.scaled_px for crop in crops))
     sampling = sampling_filters(config.fps, config.start_s, config.pick, short)
-    first = ",".join([*deinterlacing(picture, config.display), sampling])
+    first = ",".join([sampling, *deinterlacing(picture, config.display)])
     tone = "".join(f"{word}," for word in tone_mapping(picture, config.display, "gbrp"))
     graph = [f"[0:V:0]{first},{_split('size', len(sizes))}"]
     outputs: list[str] = []

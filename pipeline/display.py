@@ -46,8 +46,8 @@ class DisplayConfig:
     """What is done with pictures that a common screen cannot show as they are stored."""
 
     interlaced: Literal["deinterlace", "keep"] = "deinterlace"
-    """deinterlace: pictures that are flagged as interlaced become progressive, as many as before (bwdif). keep: both fields
-    stay in one picture, with combs where something moves."""
+    """deinterlace: pictures that are flagged as interlaced become progressive, each made of its first field. keep: both
+    fields stay in one picture, with combs where something moves."""
     hdr: Literal["tone-map", "keep"] = "tone-map"
     """tone-map: video of high dynamic range (PQ, HLG) becomes BT.709: light up to 142 cd/m2 keeps its brightness, the rest up
     to 1,000 is compressed. keep: its values are taken as they are, which looks flat and grey."""
@@ -142,12 +142,16 @@ def pixel_aspect(stream: dict[str, Any]) -> float:
 
 
 def deinterlacing(picture: Picture, config: DisplayConfig) -> list[str]:
-    """The filters for decoded frames, before any is left out; none for what is progressive."""
+    """The filters for frames that are not scaled yet; none for what is progressive.
+
+    Each frame is made of its own first field alone, so that it may be picked before, and does not depend on where a clip
+    begins.
+    """
     if picture.scan == "progressive" or config.interlaced == "keep":
         return []
     if picture.scan == "interlaced":
-        return ["bwdif=mode=send_frame:deint=interlaced"]
-    return [f"bwdif=mode=send_frame:parity={picture.scan.removeprefix('interlaced-')}"]
+        return ["estdif=mode=frame:deint=interlaced"]
+    return [f"estdif=mode=frame:parity={picture.scan.removeprefix('interlaced-')}"]
 
 
 def tone_mapping(picture: Picture, config: DisplayConfig, pixel_format: str) -> list[str]:
@@ -180,13 +184,13 @@ def tagging(picture: Picture) -> list[str]:
 
 
 def transcoded(picture: Picture, config: DisplayConfig, codec: str) -> Picture:
-    """What the pictures of a transcoded clip are: of limited range, and progressive and SDR unless kept."""
-    scan = "progressive" if deinterlacing(picture, config) else picture.scan
+    """What the pictures of a transcoded clip state: progressive, of limited range, and SDR unless HDR is kept."""
     if picture.matrix == "gbr" or tone_mapping(picture, config, "yuv420p"):
-        return Picture(scan=scan, matrix="bt709", primaries="bt709", transfer="bt709", color_range="tv")
+        return Picture(matrix="bt709", primaries="bt709", transfer="bt709", color_range="tv")
     # In H.264 no range is written where nothing else is stated.
     is_stated = codec != "h264" or {picture.matrix, picture.primaries, picture.transfer} != {"unknown"}
-    return replace(picture, scan=scan, color_range="tv" if is_stated else "unknown", is_square=True, is_turned=False)
+    colors = replace(picture, color_range="tv" if is_stated else "unknown")
+    return replace(colors, scan="progressive", is_square=True, is_turned=False)
 
 
 def describe_changes(picture: Picture, config: DisplayConfig) -> str:

@@ -111,7 +111,7 @@ def watch_file(
         BadVideo: it cannot be decoded, or a limit was exceeded.
     """
     watch = Watch(info, info.duration_s, cut_threshold, display=display)
-    first = ",".join([*deinterlacing(info.picture, display), constant_rate(info)])
+    first = ",".join([constant_rate(info), *deinterlacing(info.picture, display)])
     graph = f"[0:V:0]{first}[frames];{watch.graph('frames')}"
     command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-i", ffmpeg.source_url(file), "-filter_complex", graph]
     with Process([*command, *watch.outputs()], [file], limits, pipes=watch.pipes) as process:

@@ -91,7 +91,7 @@ class _Stream:
 
     def _command(self) -> list[str]:
         settings, picture = self._settings, self._info.picture
-        first = ",".join([*deinterlacing(picture, settings.display), constant_rate(self._info)])
+        first = ",".join([constant_rate(self._info), *deinterlacing(picture, settings.display)])
         scale = ",".join(scaling(self._info, settings.transcode, settings.display))
         graph = (
             f"[0:V:0]{first},split=2[picture][look];{self._watch.graph('look')};[picture]{scale},format=yuv420p[video]"

@@ -92,7 +92,7 @@ def transcode_span(
     """
     bound = max_encoded_bytes(info, span.duration_s, config, limits)
     lead_s = find_lead(file, info.container, span.start_s, limits)
-    whole = ",".join([*deinterlacing(info.picture, display), _trim(span, lead_s)])
+    whole = ",".join([_trim(span, lead_s), *deinterlacing(info.picture, display)])
     graph = [f"[0:V:0]{whole}{',split=2[picture][look]' if watch else '[picture]'}"]
     if watch:
         graph += [f"[look]{constant_rate(info)}[looked]", watch.graph("looked")]

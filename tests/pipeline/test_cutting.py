@@ -16,6 +16,7 @@ from pipeline.clips import ClipConfig, plan_clips
 from pipeline.cut import Cut
 from pipeline.cutting import check_storage, cut_video, extension, needs_check
 from pipeline.decode import FrameConfig, decode_frames, open_bytes
+from pipeline.display import DisplayConfig
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import VideoInfo, probe
@@ -39,6 +40,7 @@ class Settings:
     storage: str = "transcode"
     transcode: TranscodeConfig = SMALL
     audio: bool = False
+    display: DisplayConfig = field(default_factory=DisplayConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     limits: FfmpegLimits = LIMITS
 
