@@ -44,14 +44,14 @@ class EmbedConfig:
     out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the embedding dataset to; a path that all nodes share, or s3://, gs://, abfs://."""
     settings: Annotated[EmbedSettings, tyro.conf.arg(name="")] = field(default_factory=EmbedSettings)
-    num_encoders: int = 0
-    """Models that work side by side: one GPU each or, where there is none, one thread each; 0 takes every GPU, or as many as
-    there are CPUs."""
+    num_encoders: int | None = None
+    """Models that work side by side: one GPU each or, where there is none, one thread each; by default every GPU is taken, or
+    as many threads as there are CPUs."""
     rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
 
     def __post_init__(self) -> None:
-        if self.num_encoders < 0:
-            raise ConfigError(f"num_encoders = {self.num_encoders}: must be 0 or more")
+        if self.num_encoders is not None and self.num_encoders < 1:
+            raise ConfigError(f"num_encoders = {self.num_encoders}: must be 1 or more")
 
 
 def run(config: EmbedConfig) -> JobResult:
@@ -79,7 +79,7 @@ def run(config: EmbedConfig) -> JobResult:
             from pipeline.stages import run_embed
 
             with connect(), job.progress() as on_shard:
-                num_encoders, resources = place_models(config.num_encoders)
+                num_encoders, resources = place_models(config.num_encoders or 0)
                 device = "cuda" if "num_gpus" in resources else "cpu"
                 make_embed = functools.partial(_make_embedder, folder.resolve(), config.settings, device)
                 use = run_embed(

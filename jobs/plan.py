@@ -58,9 +58,9 @@ class PlanConfig:
     speeds: Path | None = None
     """File of measured speeds, for GPUs and for CPUs of other kinds: what `tokenreel bench tokenize --save` and `bench decode
     --save` wrote."""
-    recipe: str = ""
+    recipe: str | None = None
     """Pre-training recipe whose batch and cache shall fit the tokens. Its hours are not predicted."""
-    root: PathOrUrl = ""
+    root: PathOrUrl | None = None
     """What a manifest's paths are relative to; as for `tokenreel shard`."""
     share: float = 0.01
     """Share of the videos that is measured."""
@@ -90,10 +90,12 @@ class PlanConfig:
             raise ConfigError(
                 f"min_videos = {self.min_videos} must be 1 or more, max_videos = {self.max_videos} not less than it"
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed}: must be 0 or more")
         if not self.budget_s > 0:
             raise ConfigError(f"budget_s = {self.budget_s}: must be more than 0 s")
         self.tokenize_settings()
-        if self.recipe:
+        if self.recipe is not None:
             from jobs.recipes import find_recipe
 
             find_recipe(self.recipe)

@@ -40,7 +40,7 @@ class ShardConfig:
     s3://, gs://, abfs://."""
     out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the dataset to: a path that all nodes share, or s3://, gs://, abfs://."""
-    root: PathOrUrl = ""
+    root: PathOrUrl | None = None
     """What a manifest's paths are relative to, also https://; by default the manifest's folder. Nothing outside of it is
     read."""
     settings: Annotated[ShardSettings, tyro.conf.arg(name="")] = field(default_factory=ShardSettings)

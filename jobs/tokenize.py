@@ -50,16 +50,16 @@ class TokenizeConfig:
     tokenizer: Path
     """Folder of a tokenizer, or of the run that trained or imported it."""
     settings: Annotated[TokenizeSettings, tyro.conf.arg(name="")] = field(default_factory=TokenizeSettings)
-    num_encoders: int = 0
-    """Encoders: one GPU each or, where there is none, one thread each; 0 takes every GPU, or as many as there are CPUs. Those
+    num_encoders: int | None = None
+    """Encoders: one GPU each or, where there is none, one thread each; by default every GPU is taken, or as many threads as there are CPUs. Those
     share the CPUs with decoding, which gives way to them."""
     rejects: Annotated[RejectPolicy, tyro.conf.arg(name="")] = field(default_factory=RejectPolicy)
     plan: Path | None = None
     """What `tokenreel plan --save` wrote for this very command: predicted over actual goes to the result and to MLflow."""
 
     def __post_init__(self) -> None:
-        if self.num_encoders < 0:
-            raise ConfigError(f"num_encoders = {self.num_encoders}: must be 0 or more")
+        if self.num_encoders is not None and self.num_encoders < 1:
+            raise ConfigError(f"num_encoders = {self.num_encoders}: must be 1 or more")
 
 
 def run(config: TokenizeConfig) -> JobResult:
@@ -94,7 +94,7 @@ def run(config: TokenizeConfig) -> JobResult:
             from pipeline.stages import run_tokenize
 
             with connect(), job.progress() as on_shard:
-                num_encoders, resources = place_models(config.num_encoders)
+                num_encoders, resources = place_models(config.num_encoders or 0)
                 device = "cuda" if "num_gpus" in resources else "cpu"
                 make_encode = functools.partial(FrameEncoder, folder.resolve(), device, config.settings.precision)
                 use = run_tokenize(

@@ -39,9 +39,9 @@ class WindowEmbedder:
     ) -> None:
         if isinstance(backbone, Path):
             backbone = load_model(backbone).backbone
-        if settings.layer > backbone.config.layers:
+        if settings.layer is not None and settings.layer > backbone.config.layers:
             raise ConfigError(
-                f"layer = {settings.layer}: the model has {backbone.config.layers}; allowed: 0 to {backbone.config.layers}"
+                f"layer = {settings.layer}: the model has {backbone.config.layers}; allowed: 1 to {backbone.config.layers}"
             )
         self._device = torch.device(device or next(backbone.parameters()).device)
         self._backbone, self._settings = backbone.eval().to(self._device), settings
@@ -54,8 +54,8 @@ class WindowEmbedder:
         padded = bool((tokens == self.pad).any())  # looked for on the host, so that no device is waited for
         layer, is_half = self._settings.layer, self._settings.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
-            features = self._backbone(tokens.to(self._device), padded=padded, intermediates=layer > 0)
-        cls, grid = features.layers[layer - 1] if layer else (features.cls, features.tokens)
+            features = self._backbone(tokens.to(self._device), padded=padded, intermediates=layer is not None)
+        cls, grid = features.layers[layer - 1] if layer is not None else (features.cls, features.tokens)
         lengths = (tokens != self.pad).any(-1).any(-1).sum(1)
         pooled = _pool(self._settings.pool, cls.float(), grid.float(), lengths.to(self._device))
         found: np.ndarray = pooled.cpu().numpy()

@@ -18,6 +18,10 @@ _TIMESTAMP_S = 1e-3
 """Matroska and FLV round times to this, so that one frame may last as much less."""
 
 
+LEAST_S = 0.001
+"""Between the starts of two clips: keys tell them apart by milliseconds."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipConfig:
     """How a video is cut into clips."""
@@ -27,9 +31,9 @@ class ClipConfig:
     pictures have them. manifest: the spans that the manifest gives (start_s, end_s)."""
     window_s: float = 10.0
     """Length of a window in seconds (mode window)."""
-    stride_s: float = 0.0
-    """Seconds from one window's start to the next one's (mode window); 0: window_s, one after another. Less makes windows
-    overlap, more leaves gaps."""
+    stride_s: float | None = None
+    """Seconds from one window's start to the next one's (mode window); by default window_s, one after another. Less makes
+    windows overlap, more leaves gaps."""
     cut_threshold: float = 0.35
     """How different two frames in a row must be for a cut between them (mode shots), 0 (equal) to 1; less finds more."""
     max_s: float = 60.0
@@ -40,14 +44,12 @@ class ClipConfig:
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise ConfigError(f"clips.mode = {self.mode!r}: allowed are {', '.join(_MODES)}")
-        if not 0 < self.window_s < math.inf:
-            raise ConfigError(f"clips.window_s = {self.window_s}: must be more than 0 s, and finite")
-        if not 0 <= self.stride_s < math.inf:
-            raise ConfigError(f"clips.stride_s = {self.stride_s}: must be 0 s (window_s) or more, and finite")
+        for name in ("window_s", "stride_s", "max_s"):
+            value = getattr(self, name)
+            if value is not None and not LEAST_S <= value < math.inf:
+                raise ConfigError(f"clips.{name} = {value}: must be {LEAST_S:g} s or more, and finite")
         if not 0 < self.cut_threshold < 1:
             raise ConfigError(f"clips.cut_threshold = {self.cut_threshold}: must be between 0 and 1")
-        if not 0 < self.max_s < math.inf:
-            raise ConfigError(f"clips.max_s = {self.max_s}: must be more than 0 s, and finite")
         if not 0 <= self.min_s < math.inf:
             raise ConfigError(f"clips.min_s = {self.min_s}: must be 0 s or more, and finite")
         for mode, longest in (("window", "window_s"), ("shots", "max_s")):

@@ -40,13 +40,13 @@ class Corpus:
     tables: Iterator[pa.Table]
 
 
-def open_corpus(corpus: str | Path, *, root: str = "", include: str = "*", spans: bool = False) -> Corpus:
+def open_corpus(corpus: str | Path, *, root: str | None = None, include: str = "*", spans: bool = False) -> Corpus:
     """The corpus that a folder, a glob or a manifest names; it is listed only when its tables are read.
 
     Args:
         corpus: a folder or a manifest (.txt, .csv, .jsonl, .parquet; see `read_manifest`), on a disk or a URL; or a glob
             such as `videos/**/*.mp4` or `s3://bucket/x/*.mp4`, whose root is its longest part without a pattern.
-        root: folder or URL that a manifest's paths are relative to; "": the manifest's own folder.
+        root: folder or URL that a manifest's paths are relative to; None: the manifest's own folder.
         include: glob that the relative path of a file must match from its right, for folders. Hidden files never match.
         spans: rows are spans of videos, and need `start_s` and `end_s`.
 

@@ -41,14 +41,14 @@ class EmbedSettings:
 
     rows: Literal["clip", "window"] = "clip"
     """A row for each token sample, the mean over its windows, or a row for each window."""
-    stride: int = 0
-    """Frames between the beginnings of two windows; 0: as many as a window has, so that none overlap. Frames behind the last
-    whole window are left out."""
+    stride_frames: int | None = None
+    """Frames between the beginnings of two windows; by default as many as a window has, so that none overlap. Frames behind the
+    last whole window are left out."""
     pool: Literal["cls", "mean", "cls-mean-drift"] = "cls-mean-drift"
     """What of the network's output: CLS; the mean over tokens; or CLS, that mean, and how frames change along time, three times
     as wide."""
-    layer: int = 0
-    """Whose output it is: 1 is the first layer; 0 is the network's own, after its last norm."""
+    layer: int | None = None
+    """Whose output it is: 1 is the first layer; by default the network's own, after its last norm."""
     batch_windows: int = 32
     """Windows that are embedded together; part of the identity, because rounding may depend on it."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -61,11 +61,9 @@ class EmbedSettings:
             raise ConfigError(f"pool = {self.pool!r}: allowed are cls, mean, cls-mean-drift")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision = {self.precision!r}: allowed are fp32, bf16")
-        if min(self.stride, self.layer) < 0 or self.batch_windows < 1:
-            raise ConfigError(
-                f"stride = {self.stride} and layer = {self.layer} must be 0 or more, batch_windows = {self.batch_windows} "
-                "1 or more"
-            )
+        for name in ("stride_frames", "layer", "batch_windows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: must be 1 or more")
 
 
 class Embed(Protocol):
@@ -172,7 +170,7 @@ def _embed_samples(
     for sample in samples:
         try:
             codes = _read_codes(files[sample["tar"]], sample)
-            starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride or embed.window[0]))
+            starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride_frames or embed.window[0]))
             cut = [_cut(codes, start, embed) for start in starts]
         except Exception as error:
             rejects.append(_reject(sample, as_bad_video(error)))

@@ -43,6 +43,9 @@ _SMALL_FILE_BYTES = 256 * 2**20
 _SHARED_MEMORY = "/dev/shm"
 
 
+_MOST = {"timeout_s": 1_000_000, "max_pixels": 2**31 - 1, "max_duration_s": 1_000_000_000}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FfmpegLimits:
     """What one ffmpeg process may use before its clip is rejected."""
@@ -62,6 +65,8 @@ class FfmpegLimits:
         for name in self.__slots__:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"limits.{name} = {getattr(self, name)}: must be more than 0, and finite")
+            if getattr(self, name) > _MOST.get(name, 2**62):  # the system has no number for it
+                raise ConfigError(f"limits.{name} = {getattr(self, name)}: must be at most {_MOST.get(name, 2**62)}")
 
 
 def identity() -> str:

@@ -50,7 +50,7 @@ class PlanSettings(Protocol):
     @property
     def videos_per_shard(self) -> int: ...
     @property
-    def shard_bytes(self) -> int: ...
+    def shard_bytes(self) -> int | None: ...
     @property
     def shards_multiple_of(self) -> int: ...
     @property
@@ -85,7 +85,7 @@ def plan_shards(
     settings: PlanSettings,
     workdir: Path,
     *,
-    root: str = "",
+    root: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardPlan:
     """Write the plan of `corpus` to `workdir`, the same bytes for the same corpus, and return what is in it.
@@ -167,11 +167,11 @@ class _Deal:
     """
 
     def __init__(self, totals: Totals, settings: PlanSettings) -> None:
-        self._by_bytes = settings.shard_bytes > 0
+        self._by_bytes = settings.shard_bytes is not None
         if self._by_bytes and totals.num_unsized:
             raise ConfigError(
                 f"shard_bytes = {settings.shard_bytes}: the sizes of {totals.num_unsized} videos are unknown; add a column "
-                "size_bytes to the manifest, or set shard_bytes = 0 to count videos"
+                "size_bytes to the manifest, or leave shard_bytes out to count videos"
             )
         weight = totals.num_bytes if self._by_bytes else totals.num_videos
         num = max(-(-weight // (settings.shard_bytes or settings.videos_per_shard)), int(totals.num_videos > 0))

@@ -53,8 +53,8 @@ class ShardSettings:
     """Glob that the relative paths of a corpus folder must match; everything else in it is ignored."""
     videos_per_shard: int = 32
     """Videos that share one output shard, the unit of work and of resume."""
-    shard_bytes: int = 0
-    """Input bytes that share one output shard, in place of a number of videos; 0: by videos."""
+    shard_bytes: int | None = None
+    """Input bytes that share one output shard, in place of a number of videos."""
     shards_multiple_of: int = 1
     """Makes the number of shards a multiple of this: of the nodes or workers that will read them in equal parts."""
     duplicates: Literal["drop", "keep"] = "drop"
@@ -70,11 +70,9 @@ class ShardSettings:
             raise ConfigError("audio is for storage = remux or transcode; copy keeps a video's sound anyway")
         if self.duplicates not in ("drop", "keep"):
             raise ConfigError(f"duplicates = {self.duplicates!r}: allowed are drop, keep")
-        if self.videos_per_shard < 1 or self.shards_multiple_of < 1 or self.shard_bytes < 0:
-            raise ConfigError(
-                f"videos_per_shard = {self.videos_per_shard} and shards_multiple_of = {self.shards_multiple_of} must be 1 or "
-                f"more, shard_bytes = {self.shard_bytes} 0 or more"
-            )
+        for name in ("videos_per_shard", "shard_bytes", "shards_multiple_of"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: must be 1 or more")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction = {self.val_fraction}: must be in [0, 1)")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from typing import IO, Literal
 
@@ -33,6 +32,8 @@ MP4 = ("-f", "mp4", "-movflags", "+faststart", "-fflags", "+bitexact", "-map_met
 """Output options: the index in front, and nothing that differs from run to run."""
 _AUDIO = ("-c:a", "aac", "-b:a", "128k", "-flags:a", "+bitexact")
 ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
+_MAX_FPS = 1000
+_MAX_GOP_FRAMES = 10_000
 _MAX_CRF = {"h264": 51, "hevc": 51, "vp9": 63}
 
 
@@ -47,8 +48,8 @@ class TranscodeConfig:
     large."""
     short_side_px: int = 256
     """Shorter side in pixels; a smaller video keeps its size."""
-    fps: float = 0.0
-    """Frames per second; 0 keeps the video's own."""
+    fps: float | None = None
+    """Frames per second; by default the video's own."""
     gop_frames: int = 30
     """Frames between keyframes: fewer seek faster and weigh more."""
     crf: int = 20
@@ -63,10 +64,10 @@ class TranscodeConfig:
             raise ConfigError(f"transcode.preset = fast_decode is for codec = h264 alone, not {self.codec}")
         if self.short_side_px < 16 or self.short_side_px % 2:
             raise ConfigError(f"transcode.short_side_px = {self.short_side_px}: must be even and at least 16 px")
-        if not 0 <= self.fps < math.inf:
-            raise ConfigError(f"transcode.fps = {self.fps}: must be 0 (as it is) or more, and finite")
-        if self.gop_frames < 1:
-            raise ConfigError(f"transcode.gop_frames = {self.gop_frames}: must be 1 or more")
+        if self.fps is not None and not 0 < self.fps <= _MAX_FPS:
+            raise ConfigError(f"transcode.fps = {self.fps}: must be more than 0 and at most {_MAX_FPS}")
+        if not 1 <= self.gop_frames <= _MAX_GOP_FRAMES:
+            raise ConfigError(f"transcode.gop_frames = {self.gop_frames}: must be 1 to {_MAX_GOP_FRAMES}")
         if not 0 <= self.crf <= _MAX_CRF[self.codec]:
             raise ConfigError(f"transcode.crf = {self.crf}: must be 0 to {_MAX_CRF[self.codec]} for {self.codec}")
 

@@ -13,12 +13,17 @@ _UNSURE = 0.25
 
 
 def find_misfits(
-    stages: Mapping[str, StagePrediction], spec: ClusterSpec, recipe: str, *, batch_frames: int, val_fraction: float
+    stages: Mapping[str, StagePrediction],
+    spec: ClusterSpec,
+    recipe: str | None,
+    *,
+    batch_frames: int,
+    val_fraction: float,
 ) -> list[str]:
     """Warnings for a person.
 
     Args:
-        recipe: of pre-training, "" for none.
+        recipe: of pre-training, if any.
         batch_frames: frames of a batch, over the views of a clip that share it.
     """
     clips, tokens = stages["shard"], stages.get("tokenize")

@@ -82,9 +82,9 @@ def test_last_window_is_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration_s", "stride_s", "count"), [(4.023, 0, 2), (4.0395, 0, 3), (4.04, 0, 3), (8.02, 4, 2)]
+    ("duration_s", "stride_s", "count"), [(4.023, None, 2), (4.0395, None, 3), (4.04, None, 3), (8.02, 4, 2)]
 )
-def test_less_than_a_frame_is_no_window(duration_s: float, stride_s: float, count: int) -> None:
+def test_less_than_a_frame_is_no_window(duration_s: float, stride_s: float | None, count: int) -> None:
     """Sound often outlasts the picture; a frame may be stated up to a millisecond shorter than it is."""
     config = ClipConfig(mode="window", window_s=2, stride_s=stride_s)
     assert len(plan_clips(duration_s, config, frame_s=0.04)) == count
@@ -100,6 +100,8 @@ def test_less_than_a_frame_is_no_window(duration_s: float, stride_s: float, coun
         ({"window_s": math.nan}, "window_s"),  # would plan no clip at all, and lose the video
         ({"window_s": math.inf}, "window_s"),
         ({"stride_s": -1}, "stride_s"),
+        ({"stride_s": 0}, "stride_s"),
+        ({"window_s": 1e-4}, "window_s"),
         ({"stride_s": math.nan}, "stride_s"),
         ({"cut_threshold": 0}, "cut_threshold"),
         ({"cut_threshold": 1}, "cut_threshold"),

@@ -65,7 +65,7 @@ def vector(number: int, start: int) -> list[float]:
 
 
 def test_windows_at_a_stride_become_rows(tokens: Store, tmp_path: Path) -> None:
-    rows, model = embed(tokens, tmp_path / "out", EmbedSettings(rows="window", stride=2, batch_windows=4))
+    rows, model = embed(tokens, tmp_path / "out", EmbedSettings(rows="window", stride_frames=2, batch_windows=4))
     places = [(0, 0), (0, 2), (0, 4), (1, 0), (2, 0)]
     assert [row["embedding"] for row in rows] == [vector(*place) for place in places]
     assert [(row["key"], row["first_frame"], row["num_frames"]) for row in rows] == [
@@ -113,7 +113,15 @@ def test_a_model_that_loses_windows_commits_nothing(tokens: Store, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rows": "frame"}, {"pool": "max"}, {"stride": -1}, {"layer": -1}, {"batch_windows": 0}, {"precision": "fp8"}],
+    [
+        {"rows": "frame"},
+        {"pool": "max"},
+        {"stride_frames": 0},
+        {"layer": 0},
+        {"layer": -1},
+        {"batch_windows": 0},
+        {"precision": "fp8"},
+    ],
 )
 def test_settings_that_are_refused(changes: dict) -> None:
     with pytest.raises(ConfigError):

@@ -485,3 +485,24 @@ class TestIdentity:
         (tmp_path / "ffmpeg").chmod(0o755)
         with pytest.raises(ConfigError, match="ffmpeg -version failed"):
             ffmpeg.identity()
+
+
+MOST = {
+    "timeout_s": 10**6,
+    "memory_bytes": 2**62,
+    "max_pixels": 2**31 - 1,
+    "max_duration_s": 10**9,
+    "max_file_bytes": 2**62,
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_limits_have_bounds_that_the_system_knows(tmp_path: Path, name: str) -> None:
+    """A larger one would fail in every video, and each would be called bad."""
+    limits = FfmpegLimits(**{name: MOST[name]})  # type: ignore[arg-type]
+    (tmp_path / "x").write_bytes(b"1")
+    with (tmp_path / "x").open("rb") as source:
+        assert ffmpeg.run(["cat", "/dev/null"], source, limits, BUDGET) == b""
+    for value in (MOST[name] + 1000, 0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=rf"limits.{name} = {value}: must be"):
+            FfmpegLimits(**{name: value})  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ class Settings:
     clips: Clips = field(default_factory=Clips)
     include: str = "*"
     videos_per_shard: int = 2
-    shard_bytes: int = 0
+    shard_bytes: int | None = None
     shards_multiple_of: int = 1
     duplicates: Literal["drop", "keep"] = "keep"
 

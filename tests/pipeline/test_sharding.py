@@ -326,7 +326,7 @@ class TestBroken:
         ({"storage": "copy", "audio": True}, "audio is for"),
         ({"videos_per_shard": 0}, "videos_per_shard = 0"),
         ({"shards_multiple_of": 0}, "shards_multiple_of = 0"),
-        ({"shard_bytes": -1}, "shard_bytes = -1"),
+        ({"shard_bytes": 0}, "shard_bytes = 0"),
         ({"duplicates": "twice"}, "duplicates"),
         ({"val_fraction": -0.1}, "val_fraction"),
         ({"val_fraction": 1.0}, "val_fraction"),
