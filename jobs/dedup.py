@@ -61,7 +61,7 @@ class DedupConfig:
 
     tokens: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENS")]
     """Token dataset: a path, or s3://, gs://, abfs://."""
-    out: Annotated[PathOrUrl, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = ""
+    out: Annotated[PathOrUrl | None, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = None
     """Folder to write to; by default `dedup` in the dataset's folder."""
     settings: Annotated[NearDuplicateConfig, tyro.conf.arg(name="")] = field(default_factory=NearDuplicateConfig)
 

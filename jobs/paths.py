@@ -46,7 +46,7 @@ def _absolute(value: Any, hint: Any) -> Any:
 
 def _is_place(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
-        return _MARK in hint.__metadata__
+        return _MARK in hint.__metadata__ or _is_place(get_args(hint)[0])
     return get_origin(hint) in (Union, UnionType) and any(map(_is_place, get_args(hint)))
 
 
