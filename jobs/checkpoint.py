@@ -12,22 +12,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from jobs.run_files import DamagedRun, read_object, regular_size
 from models.optim import EMA, MOMENTS, param_groups
 from pipeline.files import sync_path
 
+log = logging.getLogger(__name__)
+MODEL_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
 """What makes a folder a checkpoint; it is written last and taken away first."""
 
@@ -44,6 +51,36 @@ class Cursor:
     keys_digest: str = ""
     recent_loss: float | None = None
     val_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.step) is not int or self.step < 0:
+            raise ValueError(f"step is {self.step!r}; allowed: a whole number from 0 on")
+        if not (isinstance(self.keys_digest, str) and re.fullmatch("([0-9a-f]{16})?", self.keys_digest)):
+            raise ValueError(f"keys_digest is {self.keys_digest!r}; allowed: 16 hexadecimal digits, or none")
+        for name, (low, high) in {"recent_loss": (-math.inf, math.inf), "val_accuracy": (0, 1)}.items():
+            value = getattr(self, name)
+            if value is not None and not (
+                type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+            ):
+                raise ValueError(f"{name} is {value!r}; allowed: a finite number in [{low}, {high}], or null")
+
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype (as safetensors calls it) and shape of tensors, by name."""
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def specs_of(state: Mapping[str, Tensor]) -> Specs:
+    return {name: (_DTYPES[value.dtype], tuple(value.shape)) for name, value in state.items()}
 
 
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -122,8 +159,8 @@ def write_checkpoint(run: Path, weights: dict[str, Tensor], moments: dict[str, T
     final = run / "checkpoints" / f"{cursor.step:08d}"
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "model.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary / MODEL_NAME)
+    save_file(moments, temporary / OPTIMIZER_NAME)
     (temporary / STATE_NAME).write_text(json.dumps(asdict(cursor)))
     for path in [*temporary.iterdir(), temporary]:
         sync_path(path)
@@ -141,15 +178,37 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def is_checkpoint_name(name: str) -> bool:
+    return re.fullmatch(r"[0-9]{8}|[1-9][0-9]{8,17}", name) is not None
+
+
+def list_folders(run: Path) -> list[Path]:
+    """Folders of a run that have the name of a checkpoint, oldest first, also such as lack a file."""
+    found = (path for path in (run / "checkpoints").glob("[0-9]*") if is_checkpoint_name(path.name))
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if (path / STATE_NAME).exists())
+    return [path for path in list_folders(run) if (path / STATE_NAME).exists()]
 
 
 def best_checkpoint(run: Path) -> Path:
+    """The `best_of` a run, which must have a checkpoint; a state that is damaged is passed over, with a warning."""
+    readable = []
+    for checkpoint in list_checkpoints(run):
+        try:
+            read_cursor(checkpoint)
+            readable.append(checkpoint)
+        except DamagedRun as error:
+            log.warning("damaged checkpoint: %s", error)
+    return best_of(readable)
+
+
+def best_of(checkpoints: Sequence[Path]) -> Path:
     """The checkpoint with the highest accuracy on the validation split, or, in a run without one, with the lowest recent
-    loss; the newest of equals. The run must have a checkpoint."""
-    cursors = {checkpoint: read_cursor(checkpoint) for checkpoint in reversed(list_checkpoints(run))}
+    loss; the newest of equals. `checkpoints` are one or more, oldest first."""
+    cursors = {checkpoint: read_cursor(checkpoint) for checkpoint in reversed(checkpoints)}
     is_validated = any(cursor.val_accuracy is not None for cursor in cursors.values())
 
     def badness(checkpoint: Path) -> float:
@@ -162,22 +221,81 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def read_cursor(checkpoint: Path) -> Cursor:
-    return Cursor(**json.loads((checkpoint / STATE_NAME).read_text()))
+    """What `state.json` says.
+
+    Raises:
+        DamagedRun: it is missing, holds other names or values than a cursor's, or a step that is not its folder's.
+    """
+    path = checkpoint / STATE_NAME
+    plain = read_object(path, max_bytes=2**16)
+    names = {one.name for one in fields(Cursor)}
+    if unknown := sorted(plain.keys() - names) or sorted({"step", "keys_digest"} - plain.keys()):
+        raise DamagedRun(f"{path} is damaged: it has or lacks {unknown[0]!r}; its names are {sorted(names)}")
+    try:
+        cursor = Cursor(**plain)
+    except ValueError as error:
+        raise DamagedRun(f"{path} is damaged: {error}") from error
+    if cursor.step != int(checkpoint.name):
+        raise DamagedRun(f"{path} is damaged: it is of step {cursor.step}, its folder of step {int(checkpoint.name)}")
+    return cursor
+
+
+def check_tensors(path: Path, specs: Specs, *, look_at_values: bool = True, may_lack: bool = False) -> set[str]:
+    """The names of the tensors in a safetensors file, which must be those of `specs`, of their dtypes and shapes.
+
+    Without `look_at_values` only the header is read, and compared with the file's size; with it every value must be
+    finite. Memory for one tensor at a time, which is no larger than `specs` says.
+
+    Args:
+        may_lack: the file may hold only some of them.
+
+    Raises:
+        DamagedRun: names the file and the tensor.
+    """
+    regular_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            others = sorted(names - specs.keys()) or ([] if may_lack else sorted(specs.keys() - names))
+            if others:
+                where = "holds" if others[0] in names else "lacks"
+                raise DamagedRun(
+                    f"{path} {where} a tensor {others[0]!r}: it is damaged, or of another network than its run's"
+                )
+            for name in sorted(names):
+                part = file.get_slice(name)
+                found = part.get_dtype(), tuple(part.get_shape())
+                if found != specs[name]:
+                    raise DamagedRun(f"{path}: tensor {name!r} is {found}; that of its run's network is {specs[name]}")
+            for name in sorted(names) if look_at_values else ():
+                value = file.get_tensor(name)
+                if not value.is_floating_point() or not value.numel():
+                    continue
+                if not torch.isfinite(torch.stack(torch.aminmax(value))).all():  # NaN is passed on by both
+                    raise DamagedRun(f"{path}: tensor {name!r} holds NaN or infinity, which no finite step makes")
+    except (SafetensorError, OSError) as error:
+        raise DamagedRun(f"{path} is damaged: {error}") from error
+    return names
 
 
 def read_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights by name, and the optimiser's state by parameter number, on the CPU."""
-    return load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+    """The weights by name, and the optimiser's state by parameter number, on the CPU; of a checkpoint that is whole."""
+    return load_file(checkpoint / MODEL_NAME), load_file(checkpoint / OPTIMIZER_NAME)
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Load `model.safetensors` into `module`; every name and shape must match."""
-    module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    """Load `model.safetensors` into `module`; every name and shape must match.
+
+    Raises:
+        DamagedRun: they do not, or a value is not finite.
+    """
+    check_tensors(checkpoint / MODEL_NAME, specs_of(module.state_dict()))
+    module.load_state_dict(load_file(checkpoint / MODEL_NAME))
 
 
 def load_ema(checkpoint: Path, module: nn.Module) -> None:
     """Set the parameters of `module` to their running averages, where the checkpoint holds some."""
-    averages = load_file(checkpoint / "optimizer.safetensors")
+    averages = load_file(checkpoint / OPTIMIZER_NAME)
     parameters = [parameter for group in param_groups(module, 0.0) for parameter in group["params"]]
     with torch.no_grad():
         for number, parameter in enumerate(parameters):
@@ -187,7 +305,7 @@ def load_ema(checkpoint: Path, module: nn.Module) -> None:
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimiser's state; its parameters must be those of the run that saved it, in the same order."""
-    flat = load_file(checkpoint / "optimizer.safetensors")
+    flat = load_file(checkpoint / OPTIMIZER_NAME)
     for number, parameter in enumerate(_parameters(optimizer)):
         state = {}
         for name in ("step", *MOMENTS):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.paths import absolute_paths
+from jobs.run_files import DamagedRun, read_object
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -39,11 +40,11 @@ def load_config(path: Path, kind: type[T]) -> T:
     """The config that a file holds.
 
     Raises:
-        ConfigError: no such file, not JSON, an unknown name, or a value that is not allowed.
+        ConfigError: no such file, a link, not JSON, an unknown name, or a value that is not allowed.
     """
     try:
-        plain = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        plain = read_object(path)
+    except DamagedRun as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from error
     return from_plain(plain, kind, str(path))
 

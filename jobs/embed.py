@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import tyro
 
 from jobs.cluster import connect, place_models
-from jobs.config import CONFIG_NAME, load_config, to_plain
+from jobs.config import load_config, to_plain
 from jobs.data_job import DataJob, RejectPolicy
 from jobs.folder import lock_folder, work_folder
-from jobs.model_folder import load_model
+from jobs.model_folder import load_model, read_tokenizer
 from jobs.paths import PathOrUrl
-from jobs.pretrain import PretrainConfig, check_tokenizer
+from jobs.pretrain import PretrainConfig
 from jobs.result import JobResult
+from jobs.run_tokens import require_tokenizer, tokenizer_of_run
 from jobs.tracking import DatasetInput
 from jobs.window_embedder import WindowEmbedder, describe_backbone, find_model
 from models.vimpac import VimpacBackbone
@@ -113,7 +114,8 @@ def _check_fit(backbone: VimpacBackbone, folder: Path, tokens: Store, meta: Data
         raise ConfigError(
             f"{tokens} holds grids of {sorted(grids)} tokens; the model in {folder} takes {config.shape[1:]}"
         )
-    for place in (folder / "run_config.json", folder.parent / CONFIG_NAME):
-        if place.exists():
-            check_tokenizer(folder, load_config(place, PretrainConfig).tokens, tokens.url)
-            return
+    wanted = read_tokenizer(folder)
+    if not wanted:  # a model of an earlier release; its run may say it
+        trained_on = load_config(folder / "run_config.json", PretrainConfig).tokens
+        wanted = tokenizer_of_run(folder.parent, trained_on)
+    require_tokenizer(folder, wanted, tokens)

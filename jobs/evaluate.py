@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import tyro
 
-from jobs.checkpoint import list_checkpoints
+from jobs.checkpoint import list_folders
+from jobs.checkpoint_checks import whole_checkpoints
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.contact_sheet import Row, Section, Strip, write_contact_sheet
 from jobs.evaluation.classification import ClassifyConfig, evaluate_runs, is_finetuned
@@ -23,8 +24,9 @@ from jobs.evaluation.probes import make_tasks, probe, read_views
 from jobs.folder import lock_folder
 from jobs.loop import seed_everything
 from jobs.paths import PathOrUrl
-from jobs.pretrain import PretrainConfig, check_tokenizer, draw_predictions, load_objective
+from jobs.pretrain import PretrainConfig, draw_predictions, expected_checkpoints, load_objective
 from jobs.result import JobResult
+from jobs.run_tokens import find_tokens
 from jobs.token_origin import original_frames
 from jobs.tracking import DatasetInput, Tracker
 from jobs.training import read_run_fingerprint
@@ -80,11 +82,9 @@ def run(config: EvaluateConfig) -> JobResult:
         raise ConfigError(f"several runs and classify options are for fine-tuned runs; {config.run} is none")
     started_s = time.monotonic()
     trained = load_run(config.run)
-    if config.tokens is not None:
-        check_tokenizer(config.run, trained.tokens, config.tokens)
-    tokens = Store.at(config.tokens or trained.tokens)
+    tokens = find_tokens(config.run, trained.tokens, config.tokens)
     meta = read_meta(tokens, kind="tokens", complete=True)
-    objective = load_objective(trained, list_checkpoints(config.run)[-1])
+    objective = load_objective(trained, whole_checkpoints(config.run, expected_checkpoints(trained))[-1])
     seed_everything(trained.loop.seed, -1, 0)  # as the run began, so that "untrained" is its own starting point
     untrained = VimpacObjective(VimpacBackbone(trained.backbone), trained.objective).eval()
     if torch.cuda.is_available():
@@ -145,7 +145,7 @@ def load_run(run: Path) -> PretrainConfig:
     Raises:
         ConfigError: `run` is no such folder.
     """
-    if not (run / CONFIG_NAME).exists() or not list_checkpoints(run):
+    if not (run / CONFIG_NAME).exists() or not list_folders(run):
         raise ConfigError(
             f"{run} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain` or `tokenreel finetune`"
         )

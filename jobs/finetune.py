@@ -20,11 +20,13 @@ from jobs.checkpoint import (
     Cursor,
     best_checkpoint,
     list_checkpoints,
+    list_folders,
     load_ema,
     load_weights,
     read_cursor,
     write_checkpoint,
 )
+from jobs.checkpoint_checks import Expected, find_damage, whole_checkpoints
 from jobs.config import CONFIG_NAME, load_config
 from jobs.evaluation.confusion import draw_confusion
 from jobs.evaluation.metrics import confusion_matrix
@@ -32,8 +34,10 @@ from jobs.loop import Context, Fractions, LoopConfig, Precision, seed_everything
 from jobs.model_folder import add_mlflow_model, write_model
 from jobs.paths import PathOrUrl
 from jobs.pictures import save_picture
-from jobs.pretrain import PretrainConfig, check_tokenizer, load_objective
+from jobs.pretrain import PretrainConfig, expected_checkpoints, load_objective
 from jobs.result import JobResult
+from jobs.run_files import DamagedRun
+from jobs.run_tokens import check_tokenizer
 from jobs.tracking import DatasetInput
 from jobs.training import Task, read_run_fingerprint, run_training
 from jobs.workers import WorkersConfig
@@ -161,6 +165,8 @@ def run(config: FinetuneConfig) -> JobResult:
         functools.partial(_conclude, config, classes),
         name=f"finetune {config.recipe} {config.out.name}",
         num_parts=config.loader.batch_size,
+        make_objective=functools.partial(make_classifier, config, classes),
+        tokenizer=meta.extra["tokenizer"]["fingerprint"],
         register_as=config.register_as,
         begin=None if begin is None else functools.partial(begin, classes),
     )
@@ -171,15 +177,22 @@ def find_source(place: Path) -> tuple[PretrainConfig, Path]:
 
     Raises:
         ConfigError: `place` is neither a run nor one of its checkpoints.
+        DamagedRun: that checkpoint is damaged, or every one of the run.
     """
     is_checkpoint = (place / STATE_NAME).exists()
     folder = place.resolve().parent.parent if is_checkpoint else place
-    if not (folder / CONFIG_NAME).exists() or not list_checkpoints(folder):
+    if not (folder / CONFIG_NAME).exists() or not list_folders(folder):
         raise ConfigError(
             f"from_run: {place} holds no pre-training run with a checkpoint; give the --out of `tokenreel pretrain`, or one of "
             "its checkpoints/"
         )
-    return load_config(folder / CONFIG_NAME, PretrainConfig), place if is_checkpoint else list_checkpoints(folder)[-1]
+    config = load_config(folder / CONFIG_NAME, PretrainConfig)
+    expected = expected_checkpoints(config)
+    if not is_checkpoint:
+        return config, whole_checkpoints(folder, expected)[-1]
+    if trouble := find_damage(place, expected):
+        raise DamagedRun(f"from_run: {trouble}. Give another checkpoint, or the run")
+    return config, place
 
 
 def _take_network(wanted: VimpacConfig, pretrained: VimpacConfig) -> VimpacConfig:
@@ -196,6 +209,12 @@ def _start_from(config: FinetuneConfig, pretrained: PretrainConfig, checkpoint: 
 
 def open_clips(config: FinetuneConfig) -> LabelledClips:
     return LabelledClips(config.tokens, config.loader, config.backbone.shape, config.backbone.pad_id)
+
+
+def expected_checkpoints_of(config: FinetuneConfig, classes: tuple[str, ...]) -> Expected:
+    """What the checkpoints of a run hold."""
+    make = functools.partial(make_classifier, config, classes)
+    return Expected.of(make, config.loop.steps, ema=config.loop.ema_decay > 0)
 
 
 def make_classifier(config: FinetuneConfig, classes: tuple[str, ...]) -> VimpacClassifier:

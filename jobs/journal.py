@@ -7,10 +7,13 @@ JSON has no number for are the strings "nan", "inf" and "-inf".
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -108,6 +111,8 @@ class Journal:
     def _open(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self.path.exists() and not stat.S_ISREG(self.path.lstat().st_mode):
+            raise OSError(errno.EINVAL, "a link or no regular file, so no journal", str(self.path))
         self._file = self.path.open("ab")
         end, self.last_step = _find_end(self.path)
         if end < self._file.tell():
@@ -132,6 +137,13 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except FileNotFoundError:
         return
+
+
+def read_metric(path: Path, name: str) -> Iterator[float]:
+    """The values of one metric, row by row; a value that is no number is left out."""
+    for row in read_journal(path):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            yield float(row[name])
 
 
 def last_row(path: Path, tail_bytes: int = 1 << 16) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ from jobs.checkpoint import (
     read_cursor,
     whole_state,
 )
-from jobs.journal import Journal, read_journal
+from jobs.journal import Journal, read_metric
 from jobs.step import Measured, Step, seed_everything, split
 from models.flops import peak_flops
 from models.optim import OptimConfig
@@ -165,6 +165,7 @@ def train(
 
     Raises:
         NonFiniteLoss: names the step and the keys of its batch.
+        DamagedRun: the checkpoint is damaged; nothing was written.
     """
     if validate is not None and config.parallel == "fsdp":
         raise ValueError(
@@ -174,11 +175,11 @@ def train(
     checkpoint = next(reversed(list_checkpoints(context.run)), None)
     cursor = Cursor()
     if checkpoint is not None:
+        cursor = read_cursor(checkpoint)
         load_weights(checkpoint, objective)
     step = Step(objective, context, config, optim)
     if checkpoint is not None:
         load_optimizer(checkpoint, step.optimizer)
-        cursor = read_cursor(checkpoint)
         log.info("rank %d: resumed %s after step %d", context.rank, context.run.name, cursor.step)
     pending: list[_Pending] = []
     losses: deque[float] = deque(maxlen=config.save_every_steps)
@@ -188,7 +189,7 @@ def train(
         if context.rank == 0:
             journal = stack.enter_context(Journal(context.run))
             journal.truncate_after(cursor.step)
-            losses.extend(float(row["loss"]) for row in read_journal(journal.path) if "loss" in row)
+            losses.extend(read_metric(journal.path, "loss"))
             saver = stack.enter_context(CheckpointSaver(context.run, config.keep_checkpoints, context.saved))
         ahead = stack.enter_context(contextlib.closing(_prefetch(objective, batches, cursor.step, config, context)))
         for parts, keys, wait_s in ahead:

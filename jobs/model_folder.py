@@ -15,20 +15,25 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jobs.config import CONFIG_NAME
+from jobs.checkpoint import check_tensors, specs_of
+from jobs.config import CONFIG_NAME, from_plain
+from jobs.mirror import MARKER_NAME
+from jobs.run_files import DamagedRun, read_object
 from models.classifier import VimpacClassifier
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 _WEIGHTS = "model.safetensors"
 _DESCRIPTION = "config.json"
 _RUN_CONFIG = "run_config.json"
@@ -44,6 +49,8 @@ def write_model(folder: Path, objective: VimpacObjective | VimpacClassifier, run
         else {"kind": "vimpac", "objective": asdict(objective.config)}
     )
     description = {**own, "backbone": asdict(objective.backbone.config)}
+    if (run / MARKER_NAME).exists() and (tokenizer := read_object(run / MARKER_NAME).get("tokenizer")):
+        description["tokenizer"] = tokenizer  # whose codes it takes
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     shutil.copyfile(run / CONFIG_NAME, folder / _RUN_CONFIG)
 
@@ -53,19 +60,39 @@ def load_model(folder: Path) -> VimpacObjective:
 
     Raises:
         ConfigError: `folder` holds no such model.
-        RuntimeError: weights that do not fit the description.
+        DamagedRun: weights that do not fit the description.
     """
     try:
-        description = json.loads((folder / _DESCRIPTION).read_text())
-        backbone = VimpacConfig(**description["backbone"])
-        config = VimpacObjectiveConfig(**description["objective"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        description = read_object(folder / _DESCRIPTION)
+        backbone = from_plain(description["backbone"], VimpacConfig, str(folder / _DESCRIPTION))
+        config = from_plain(description["objective"], VimpacObjectiveConfig, str(folder / _DESCRIPTION))
+    except (DamagedRun, ConfigError, KeyError) as error:
         raise ConfigError(
             f"{folder} holds no pre-trained model; give the model/ of `tokenreel pretrain`: {error}"
         ) from error
-    objective = VimpacObjective(VimpacBackbone(backbone), config)
-    objective.load_state_dict(load_file(folder / _WEIGHTS))
-    return objective.eval()
+    return _load(folder, lambda: VimpacObjective(VimpacBackbone(backbone), config))
+
+
+def read_tokenizer(folder: Path) -> str:
+    """The fingerprint of the tokenizer whose codes a model takes; "" where a release before did not note it.
+
+    Raises:
+        DamagedRun: its description is damaged.
+    """
+    return str(read_object(folder / _DESCRIPTION).get("tokenizer", ""))
+
+
+def _load(folder: Path, make: Callable[[], M]) -> M:
+    """What `make` builds, in eval mode, with the weights in `folder`. A file that does not fit costs no memory."""
+    try:
+        with torch.device("meta"):
+            expected = specs_of(make().state_dict())
+    except RuntimeError as error:
+        raise DamagedRun(f"{folder / _DESCRIPTION} describes a network that cannot be: {error}") from error
+    check_tensors(folder / _WEIGHTS, expected)
+    module = make()
+    module.load_state_dict(load_file(folder / _WEIGHTS))
+    return module.eval()
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
@@ -75,8 +102,11 @@ def read_classes(folder: Path) -> tuple[str, ...]:
         ConfigError: `folder` holds no classifier.
     """
     try:
-        return tuple(json.loads((folder / _DESCRIPTION).read_text())["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        classes = read_object(folder / _DESCRIPTION)["classes"]
+        if not (isinstance(classes, list) and classes and all(isinstance(one, str) for one in classes)):
+            raise ValueError(f"{folder / _DESCRIPTION}: classes are no list of labels")
+        return tuple(classes)
+    except (DamagedRun, ValueError, KeyError) as error:
         raise ConfigError(f"{folder} holds no classifier; give the model/ of `tokenreel finetune`: {error}") from error
 
 
@@ -85,13 +115,15 @@ def load_classifier(folder: Path) -> VimpacClassifier:
 
     Raises:
         ConfigError: `folder` holds no such model.
-        RuntimeError: weights that do not fit the description.
+        DamagedRun: weights that do not fit the description.
     """
     classes = read_classes(folder)
-    backbone = json.loads((folder / _DESCRIPTION).read_text())["backbone"]
-    classifier = VimpacClassifier(VimpacBackbone(VimpacConfig(**backbone)), classes)
-    classifier.load_state_dict(load_file(folder / _WEIGHTS))
-    return classifier.eval()
+    try:
+        plain = read_object(folder / _DESCRIPTION)["backbone"]
+        backbone = from_plain(plain, VimpacConfig, str(folder / _DESCRIPTION))
+    except (ConfigError, KeyError) as error:
+        raise ConfigError(f"{folder} holds no classifier; give the model/ of `tokenreel finetune`: {error}") from error
+    return _load(folder, lambda: VimpacClassifier(VimpacBackbone(backbone), classes))
 
 
 class Features(nn.Module):

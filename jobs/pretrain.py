@@ -12,13 +12,15 @@ import torch
 import tyro
 from torch import nn
 
-from jobs.checkpoint import list_checkpoints, load_ema, load_weights, read_cursor, read_tensors, write_checkpoint
+from jobs.checkpoint import list_folders, load_ema, load_weights, read_cursor, read_tensors, write_checkpoint
+from jobs.checkpoint_checks import Expected, whole_checkpoints
 from jobs.config import CONFIG_NAME, load_config
 from jobs.loop import Context, LoopConfig
 from jobs.model_folder import add_mlflow_model, load_model, write_model
 from jobs.paths import PathOrUrl
 from jobs.pictures import overlay_mask, save_png_grid
 from jobs.result import JobResult
+from jobs.run_tokens import check_tokenizer
 from jobs.token_origin import load_kept_tokenizer
 from jobs.tracking import DatasetInput
 from jobs.training import Task, read_run_fingerprint, run_training
@@ -107,6 +109,8 @@ def run(config: PretrainConfig) -> JobResult:
         functools.partial(_conclude, config),
         name=f"pretrain {config.recipe} {config.out.name}",
         num_parts=config.loader.batch_size,
+        make_objective=functools.partial(make_objective, config),
+        tokenizer=meta.extra["tokenizer"]["fingerprint"],
         register_as=config.register_as,
         begin=None if config.continue_from is None else functools.partial(continue_run, config, config.continue_from),
     )
@@ -120,10 +124,10 @@ def check_source(config: PretrainConfig, run: Path) -> None:
     Raises:
         ConfigError: names what differs, with both values.
     """
-    if not (run / CONFIG_NAME).exists() or not list_checkpoints(run):
+    if not (run / CONFIG_NAME).exists() or not list_folders(run):
         raise ConfigError(f"continue_from: {run} holds no pre-training run with a checkpoint; give the --out of one")
     source = load_config(run / CONFIG_NAME, PretrainConfig)
-    step = read_cursor(list_checkpoints(run)[-1]).step
+    step = read_cursor(whole_checkpoints(run, expected_checkpoints(source))[-1]).step
     if step < source.loop.steps:
         raise ConfigError(f"continue_from: {run} has done {step} of {source.loop.steps} steps; finish it first")
     if step >= config.loop.steps:
@@ -135,9 +139,9 @@ def check_source(config: PretrainConfig, run: Path) -> None:
     differences = [
         f"{name} = {old!r} (here {here[name]!r})" for name, old in _parts(source).items() if old != here[name]
     ]
-    differences += tokenizer_differences(source.tokens, config.tokens)
     if differences:
         raise ConfigError(f"continue_from: {run} has another network or other codes: {'; '.join(differences)}")
+    check_tokenizer(run, source.tokens, config.tokens)
     before = lr_at(step, source.loop.num_schedule_steps, source.optim)
     after = lr_at(step, config.loop.num_schedule_steps, config.optim)
     if before != after:
@@ -158,36 +162,28 @@ def _parts(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def tokenizer_differences(old: str, new: str) -> list[str]:
-    """Codes of two tokenizers mean different things, even with codebooks of one size."""
-    try:
-        before, after = (read_meta(folder, kind="tokens").extra["tokenizer"]["fingerprint"] for folder in (old, new))
-    except ConfigError as error:
-        log.warning("cannot tell whether both runs have tokens of one tokenizer: %s", error)
-        return []
-    return [f"tokenizer {before} (here {after})"] if before != after else []
-
-
-def check_tokenizer(run: Path, trained_on: str, tokens: str) -> None:
-    """Raise `ConfigError` where `tokens` has codes of another tokenizer than `trained_on`, the tokens of `run`."""
-    for difference in tokenizer_differences(trained_on, tokens):
-        raise ConfigError(
-            f"{tokens}: {run} was trained on other codes: {difference}; tokenize the clips with the tokenizer of {trained_on}"
-        )
-
-
 def continue_run(config: PretrainConfig, run: Path) -> None:
     """Write the first checkpoint of `config.out`: the last one of `run`, resized to the grid of `config`.
 
     The step and the digest of consumed keys go on, so the learning rate and the order of the data do too.
     """
-    checkpoint = list_checkpoints(run)[-1]
+    source = load_config(run / CONFIG_NAME, PretrainConfig)
+    checkpoint = whole_checkpoints(run, expected_checkpoints(source))[-1]
     weights, moments = read_tensors(checkpoint)
     grid = config.backbone.grid_height, config.backbone.grid_width
     with torch.device("meta"):  # its names are all that is needed
-        objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+        objective = make_objective(config)
     cursor = replace(read_cursor(checkpoint), recent_loss=None)  # of another task, which says nothing about this one
     write_checkpoint(config.out, resize_positions(weights, grid), resize_moments(moments, objective, grid), cursor)
+
+
+def make_objective(config: PretrainConfig) -> VimpacObjective:
+    return VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+
+
+def expected_checkpoints(config: PretrainConfig) -> Expected:
+    """What the checkpoints of a run hold."""
+    return Expected.of(functools.partial(make_objective, config), config.loop.steps, ema=config.loop.ema_decay > 0)
 
 
 def make_loader(config: PretrainConfig, *, rank: int, world_size: int) -> TokenLoader:
@@ -199,7 +195,7 @@ def make_loader(config: PretrainConfig, *, rank: int, world_size: int) -> TokenL
 
 def load_objective(config: PretrainConfig, checkpoint: Path) -> VimpacObjective:
     """The trained objective of a run, in eval mode; the running average of its weights, if the run kept one."""
-    objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+    objective = make_objective(config)
     load_weights(checkpoint, objective)
     if config.loop.ema_decay:
         load_ema(checkpoint, objective)
@@ -209,7 +205,7 @@ def load_objective(config: PretrainConfig, checkpoint: Path) -> VimpacObjective:
 def build(config: PretrainConfig, context: Context) -> Task:
     """What a worker trains."""
     batches = make_loader(config, rank=context.rank, world_size=context.world_size)
-    objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
+    objective = make_objective(config)
     fixed = batches.batch(0)
     tokens, seeds = fixed["tokens"][:_PICTURE_CLIPS, 0], fixed["seeds"][:_PICTURE_CLIPS, 0]
 

@@ -91,6 +91,7 @@ def run(config: TrainTokenizerConfig) -> JobResult:
         functools.partial(_conclude, config),
         name=f"train-tokenizer {config.out.name}",
         num_parts=config.loader.batch_size // config.loader.frames_per_clip,
+        make_objective=functools.partial(_make_objective, config),
     )
 
 
@@ -127,8 +128,13 @@ def _load_perceptual(config: TrainTokenizerConfig, device: str | torch.device = 
     return network
 
 
+def _make_objective(config: TrainTokenizerConfig) -> VqvaeObjective:
+    """What is trained, for the sake of its weights alone: without the network of the perceptual loss."""
+    return VqvaeObjective(Vqvae(config.tokenizer), VqvaeObjectiveConfig())
+
+
 def _export(config: TrainTokenizerConfig, checkpoint: Path, folder: Path) -> None:
-    objective = VqvaeObjective(Vqvae(config.tokenizer), VqvaeObjectiveConfig())  # its weights alone are of interest
+    objective = _make_objective(config)
     load_weights(checkpoint, objective)
     if config.loop.ema_decay:
         load_ema(checkpoint, objective)

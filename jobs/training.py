@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from torch import nn
 from jobs import loop
 from jobs.capacity import report_waiting
 from jobs.checkpoint import best_checkpoint, list_checkpoints, read_cursor
+from jobs.checkpoint_checks import Expected
 from jobs.cluster import connect, count
 from jobs.config import CONFIG_NAME, save_config, to_plain
 from jobs.folder import lock_folder
 from jobs.gauges import JobMetrics
-from jobs.journal import JOURNAL_NAME, last_row, read_journal
+from jobs.journal import JOURNAL_NAME, last_row, read_metric
 from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
 from jobs.mirror import MARKER_NAME, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
-from jobs.run_folders import agree_on_folder, explain_absence, settle_start
+from jobs.run_files import DamagedRun, read_object, refuse_links
+from jobs.run_folders import agree_on_folder, explain_absence, settle_checkpoints, settle_start
 from jobs.stopping import kept_handlers
 from jobs.tracking import DatasetInput, Tracker
 from jobs.workers import WorkersConfig, usable_workers
@@ -45,7 +47,7 @@ from pipeline.schema import fingerprint
 log = logging.getLogger(__name__)
 _NOT_IDENTITY = {
     "": {"workers", "out", "register_as", "clips", "tokens", "perceptual", "continue_from", "from_run", "test"},
-    "loader": {"cache"},
+    "loader": {"cache", "keep_list", "splits"},
     "loop": {
         "keep_checkpoints",
         "picture_every_steps",
@@ -88,6 +90,8 @@ def run_training(
     *,
     name: str,
     num_parts: int,
+    make_objective: Callable[[], nn.Module],
+    tokenizer: str = "",
     register_as: str = "",
     begin: Callable[[], None] | None = None,
 ) -> JobResult:
@@ -99,11 +103,14 @@ def run_training(
         export: writes the model of a checkpoint to a folder: the last one's to `out/model`.
         conclude: called after that; returns the job's own figures.
         num_parts: the equal parts that a step is made of and that workers share, such as its clips.
+        make_objective: builds what is trained; its names and shapes are all that is asked for, of no memory.
+        tokenizer: fingerprint of the one that made the tokens; empty where there are none.
         register_as: name in the MLflow model registry; empty registers nothing.
         begin: writes the checkpoint that a run without one starts from; by default it starts from fresh weights.
 
     Raises:
         ConfigError: `out` or the mirror holds a run with other settings or other data, or a worker finds neither of them.
+        DamagedRun: `out` or the mirror is damaged, and no older whole checkpoint can take the place.
         TrainingFailed: the loss became non-finite, workers died more often than allowed, or what they trained did not come
             to `out`.
     """
@@ -113,9 +120,9 @@ def run_training(
         mirror = Mirror(workers.mirror) if workers.mirror else None
         if mirror is not None:
             mirror.pull_identity(out)
-        identity = _open_run(out, config, inputs)
-        if mirror is not None:
-            mirror.pull(out)
+        identity = _open_run(out, config, inputs, tokenizer)
+        expected = Expected.of(make_objective, config.loop.steps, ema=config.loop.ema_decay > 0)
+        settle_checkpoints(out, expected, mirror)
         if begin is not None and not list_checkpoints(out):
             begin()
         if mirror is not None:  # by which workers with another disk know the run, and what it starts from
@@ -131,9 +138,9 @@ def run_training(
             out, job=job, name=name, params=to_plain(config), tags=tags, inputs=inputs, identified=keep_mlflow_id
         ) as tracker:
             if not _is_done(out, config.loop):
-                _fit(job, out, config.loop, config.optim, workers, mirror, build, num_parts)
+                _fit(job, out, config.loop, config.optim, workers, mirror, build, num_parts, expected)
             if mirror is not None and not _is_done(out, config.loop):
-                mirror.pull(out)  # the workers have another disk
+                settle_checkpoints(out, expected, mirror)  # the workers have another disk
             if not _is_done(out, config.loop):
                 raise TrainingFailed(explain_absence(out, mirror))
             checkpoint = list_checkpoints(out)[-1]
@@ -162,31 +169,70 @@ def run_training(
     )
 
 
-def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput]) -> str:
+def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput], tokenizer: str = "") -> str:
     """Create or check the run folder; returns the run's fingerprint."""
-    identity = {key: value for key, value in to_plain(config).items() if key not in _NOT_IDENTITY[""]}
-    for group in _NOT_IDENTITY.keys() & identity.keys():
-        identity[group] = {key: value for key, value in identity[group].items() if key not in _NOT_IDENTITY[group]}
+    refuse_links(out)
+    identity = _identity(to_plain(config))
     identity["order_version"] = ORDER_VERSION
     identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
+    if tokenizer:
+        identity["tokenizer"] = tokenizer
     marker = out / MARKER_NAME
     if marker.exists():
-        before = json.loads(marker.read_text())
-        if differences := list(config_differences(before, identity)):
+        before = read_marker(out)
+        # Earlier releases did not note the tokenizer; the fingerprint of the tokens, among the inputs, implies it.
+        known = {"tokenizer": tokenizer, **_identity(before)} if tokenizer else _identity(before)
+        if differences := list(config_differences(known, identity)):
             words = "; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in differences)
             raise ConfigError(
                 f"{out} holds a run with other settings: {words}. Choose another --out (and workers.mirror), or delete this one"
             )
+        if tokenizer and "tokenizer" not in before and not config.workers.mirror:  # a mirror's copy must stay equal
+            write_atomic(marker, (json.dumps({**before, "tokenizer": tokenizer}, indent=2) + "\n").encode())
     else:
         require_unused(out)
         write_atomic(marker, (json.dumps(identity, indent=2) + "\n").encode())
     save_config(out, config)
-    return fingerprint(**identity)
+    return read_run_fingerprint(out)
+
+
+def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config, or of a `run.json` of any release, that a run is bound to."""
+    identity = {key: value for key, value in plain.items() if key not in _NOT_IDENTITY[""]}
+    for group in _NOT_IDENTITY.keys() & identity.keys():
+        if isinstance(identity[group], dict):
+            identity[group] = {key: value for key, value in identity[group].items() if key not in _NOT_IDENTITY[group]}
+    return identity
+
+
+def read_marker(run: Path) -> dict[str, Any]:
+    """The settings and inputs that a run is bound to, and the fingerprint of its tokenizer as "tokenizer" where it has one
+    and its release noted it.
+
+    Raises:
+        DamagedRun: names the file and what to do.
+    """
+    path = run / MARKER_NAME
+    try:
+        marker = read_object(path)
+        inputs = marker.get("inputs")
+        if not (isinstance(inputs, list) and all(isinstance(one, str) for one in inputs)):
+            raise DamagedRun(f"{path} is no run's: it has no list of inputs")
+        if not isinstance(marker.get("tokenizer", ""), str):
+            raise DamagedRun(f"{path} is damaged: its tokenizer is {marker['tokenizer']!r}")
+    except DamagedRun as error:
+        raise DamagedRun(
+            f"{error}. Without it nothing says which settings and data {run} is of: put back a copy, such as that of "
+            f"workers.mirror, or delete {run} and train it again"
+        ) from error
+    return marker
 
 
 def read_run_fingerprint(run: Path) -> str:
-    """The fingerprint that a run's job returned: of its settings and inputs."""
-    return fingerprint(**json.loads((run / MARKER_NAME).read_text()))
+    """The fingerprint that a run's job returned: of its settings and inputs. Raises as `read_marker`."""
+    marker = read_marker(run)
+    marker.pop("tokenizer", None)  # implied by the inputs; earlier releases did not note it
+    return fingerprint(**marker)
 
 
 def _is_done(out: Path, config: LoopConfig) -> bool:
@@ -203,6 +249,7 @@ def _fit(
     mirror: Mirror | None,
     build: BuildTask,
     num_parts: int,
+    expected: Expected,
 ) -> None:
     settings = {
         "job": job,
@@ -213,6 +260,7 @@ def _fit(
         "optim": optim,
         "mirror": mirror,
         "num_parts": num_parts,
+        "expected": expected,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(connect())
@@ -226,6 +274,8 @@ def _fit(
                 with kept_handlers():
                     outcome: _Outcome = _make_trainer(out, workers, settings, resources).fit().return_value
             except Exception as error:  # Ray wraps whatever a worker raised
+                if DamagedRun.__name__ in str(error):  # a start anew would meet the same file
+                    raise DamagedRun(f"{out}: the workers failed: {_root_cause(error)}") from error
                 raise TrainingFailed(
                     f"{out}: the workers failed: {_root_cause(error)}. Checkpoints stay in {out / 'checkpoints'}; the same command resumes"
                 ) from error
@@ -321,7 +371,7 @@ def _train(settings: dict[str, Any], context: Context) -> _Outcome:
     if error := agree_on_folder(settings["marker"], mirror, context):
         return _Outcome(error=ConfigError(error))
     if mirror is not None:
-        settle_start(mirror, context)
+        settle_start(mirror, context, settings["expected"])
         context = replace(context, saved=mirror.push_or_warn)
     # The same initial weights on every rank; what a step draws is seeded by the loop.
     loop.seed_everything(settings["loop"].seed, -1, 0)
@@ -332,6 +382,8 @@ def _train(settings: dict[str, Any], context: Context) -> _Outcome:
         )
     except NonFiniteLoss as error:
         return _Outcome(error=TrainingFailed(str(error)))
+    except DamagedRun as error:
+        return _Outcome(error=error)
     return _Outcome(step=cursor.step)
 
 
@@ -352,7 +404,7 @@ def _leave_out(rank: int, world_size: int) -> None:
 
 def _curve(out: Path) -> dict[str, float]:
     """Mean loss over the first and the last twentieth of the run."""
-    losses = [float(row["loss"]) for row in read_journal(out / JOURNAL_NAME) if "loss" in row]
+    losses = list(read_metric(out / JOURNAL_NAME, "loss"))
     size = max(1, len(losses) // 20)
     return {"loss_start": _mean(losses[:size]), "loss_end": _mean(losses[-size:])}
 

@@ -24,6 +24,7 @@ ATTENTIONS: Mapping[Layout, tuple[tuple[Lines, ...], ...]] = MappingProxyType(
 )
 """Kinds of lines of each layout: attentions that follow one another, and within one those that stand side by side."""
 
+MAX_LAYERS = 1000  # a config of somebody else's must not keep its reader building layers for ever
 NUM_SPECIAL = 5  # rows of the token table after the codes; PAD and MASK are two of them
 
 
@@ -60,6 +61,8 @@ class VimpacConfig:
         for name in ("layers", "hidden", "heads", "head_dim", "mlp", "num_frames", "grid_height", "grid_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VimpacConfig: {name} is {getattr(self, name)}; allowed: >= 1")
+        if self.layers > MAX_LAYERS:
+            raise ValueError(f"VimpacConfig: layers is {self.layers}; allowed: <= {MAX_LAYERS}")
         if not 1 <= self.codebook_size <= 2**16 - NUM_SPECIAL:
             raise ValueError(
                 f"VimpacConfig: codebook_size is {self.codebook_size}; allowed: [1, {2**16 - NUM_SPECIAL}], as tokens "
@@ -136,6 +139,8 @@ class VimpacObjectiveConfig:
         for name in ("num_blocks", "head_layers", "head_hidden", "head_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VimpacObjectiveConfig: {name} is {getattr(self, name)}; allowed: >= 1")
+        if self.head_layers > MAX_LAYERS:
+            raise ValueError(f"VimpacObjectiveConfig: head_layers is {self.head_layers}; allowed: <= {MAX_LAYERS}")
         if self.negatives not in ("step", "micro_batch"):
             raise ValueError(f"VimpacObjectiveConfig: negatives is {self.negatives!r}; allowed: step, micro_batch")
         if not 0 < self.iid_fraction <= 1:

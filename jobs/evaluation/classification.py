@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from jobs.checkpoint import best_checkpoint, list_checkpoints, read_cursor
+from jobs.checkpoint import best_of, read_cursor
+from jobs.checkpoint_checks import whole_checkpoints
 from jobs.config import CONFIG_NAME, load_config, to_plain
 from jobs.evaluation.classification_report import Report, write_report
 from jobs.evaluation.metrics import (
@@ -23,19 +24,19 @@ from jobs.evaluation.metrics import (
     top_k_hits,
 )
 from jobs.evaluation.predictions import PredictorSpec, predict_clips
-from jobs.finetune import FinetuneConfig, MultiClipConfig, open_clips
+from jobs.finetune import FinetuneConfig, MultiClipConfig, expected_checkpoints_of, open_clips
 from jobs.folder import lock_folder
 from jobs.loop import Precision
 from jobs.model_folder import read_classes
-from jobs.pretrain import check_tokenizer
 from jobs.result import JobResult
+from jobs.run_files import DamagedRun, read_object
+from jobs.run_tokens import find_tokens
 from jobs.tracking import DatasetInput, Tracker
 from jobs.training import read_run_fingerprint
 from pipeline.dataset import read_meta
 from pipeline.errors import ConfigError
 from pipeline.labelled import LabelledClips
 from pipeline.schema import Split, fingerprint
-from pipeline.storage import Store
 from pipeline.views import Place
 
 
@@ -75,8 +76,8 @@ class ClassifyConfig:
 def is_finetuned(run: Path) -> bool:
     """Whether `run` is the folder of a fine-tuned run."""
     try:
-        return "from_run" in json.loads((run / CONFIG_NAME).read_text())
-    except (OSError, ValueError):
+        return "from_run" in read_object(run / CONFIG_NAME)
+    except DamagedRun:
         return False
 
 
@@ -122,10 +123,8 @@ def mean_over_runs(figures: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: ClassifyConfig) -> JobResult:
     started_s = time.monotonic()
     trained = load_config(run / CONFIG_NAME, FinetuneConfig)
-    if tokens is not None:
-        check_tokenizer(run, trained.tokens, tokens)
-        trained = replace(trained, tokens=tokens)
-    source = Store.at(trained.tokens)
+    source = find_tokens(run, trained.tokens, tokens)
+    trained = replace(trained, tokens=source.url)
     meta = read_meta(source, kind="tokens", complete=True)
     clips, classes = open_clips(trained), read_classes(run / "model")
     chosen = clips.of_split(config.split)
@@ -134,7 +133,8 @@ def _evaluate_run(run: Path, tokens: str | None, batch_size: int, config: Classi
             f"classify.split = {config.split}: {source} has no clip in it; give another split, or --tokens"
         )
     labels = clips.class_numbers(chosen, classes)
-    checkpoint, selected_by = _select(run, config)
+    whole = whole_checkpoints(run, expected_checkpoints_of(trained, classes))
+    checkpoint, selected_by = _select(whole, config)
     views = replace(trained.test.views, crops=config.crops) if config.crops else trained.test.views
     windows = MultiClipConfig(num_clips=config.num_clips or trained.test.num_clips, views=views)
     out = _report_folder(run, config)
@@ -192,12 +192,12 @@ def _report_folder(run: Path, config: ClassifyConfig) -> Path:
     return run / ("evaluation" if config.split == "test" else f"evaluation-{config.split}")
 
 
-def _select(run: Path, config: ClassifyConfig) -> tuple[Path, str]:
+def _select(checkpoints: Sequence[Path], config: ClassifyConfig) -> tuple[Path, str]:
     """The checkpoint to test, and what it was selected by: never the split that it is tested on, unless that is val."""
-    best = best_checkpoint(run)
+    best = best_of(checkpoints)
     if config.select == "best" and read_cursor(best).val_accuracy is not None:
         return best, "accuracy on the validation split"
-    return list_checkpoints(run)[-1], "being the last"
+    return checkpoints[-1], "being the last"
 
 
 def measure(

@@ -16,9 +16,9 @@ from tests.pipeline.datasets import GRID, make_token_dataset
 CODEBOOK_SIZE = 64
 
 
-def make_tokens(folder: Path) -> Path:
-    """32 samples of 8 frames in 4 shards."""
-    tokenizer = {"codebook_size": CODEBOOK_SIZE, "fingerprint": "t" * 32}
+def make_tokens(folder: Path, fingerprint: str = "t" * 32) -> Path:
+    """32 samples of 8 frames in 4 shards, of the tokenizer `fingerprint`."""
+    tokenizer = {"codebook_size": CODEBOOK_SIZE, "fingerprint": fingerprint}
     return make_token_dataset(folder, [[8] * 8] * 4, extra={"tokenizer": tokenizer})
 
 

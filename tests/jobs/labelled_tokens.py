@@ -16,11 +16,12 @@ from jobs.finetune_recipes import debug
 from jobs.journal import read_journal
 from jobs.loop import Context, LoopConfig, seed_everything, train
 from jobs.model_folder import write_model
+from jobs.tracking import DatasetInput
 from jobs.training import _open_run
 from jobs.workers import WorkersConfig
 from models.optim import OptimConfig
 from models.vimpac import VimpacConfig
-from pipeline.dataset import create_or_resume, finish
+from pipeline.dataset import create_or_resume, finish, read_meta
 from pipeline.labelled import LabelledConfig
 from pipeline.ledger import Ledger
 from pipeline.schema import Split
@@ -100,11 +101,18 @@ def make_config(tokens: Path, out: Path, **changes: Any) -> FinetuneConfig:
     return replace(debug(), tokens=str(tokens), out=out, **{**values, **changes})
 
 
+def open_run(config: Any) -> None:
+    """The folder of a run on its tokens, as a job opens it."""
+    meta = read_meta(config.tokens)
+    tokens = DatasetInput(name="tokens", fingerprint=meta.fingerprint, uri=config.tokens, content=meta.content)
+    _open_run(config.out, config, [tokens], meta.extra["tokenizer"]["fingerprint"])
+
+
 def finetune(config: FinetuneConfig, classes: tuple[str, ...] = CLASSES) -> list[dict[str, Any]]:
     """What a worker does, and the run folder that the job leaves, without Ray; returns the rows of metrics.jsonl."""
     from jobs.finetune import load_classifier
 
-    _open_run(config.out, config, [])
+    open_run(config)
     save_config(config.out, config)
     seed_everything(config.loop.seed, -1, 0)
     context = Context(run=config.out)

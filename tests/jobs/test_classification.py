@@ -182,8 +182,8 @@ def test_the_checkpoint_is_chosen_by_the_validation_split_or_is_the_last(trained
     before = json.loads(cursor.read_text())
     for accuracy, step in ((1.1, "00000002"), (-0.1, "00000004")):
         cursor.write_text(json.dumps(before | {"val_accuracy": accuracy}))
-        assert _select(trained, ClassifyConfig())[0].name == step
-        assert _select(trained, ClassifyConfig(select="last"))[0].name == "00000004"
+        assert _select(list_checkpoints(trained), ClassifyConfig())[0].name == step
+        assert _select(list_checkpoints(trained), ClassifyConfig(select="last"))[0].name == "00000004"
     cursor.write_text(json.dumps(before))
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from jobs import pretrain
+from jobs import training
 from jobs.checkpoint import list_checkpoints, read_cursor, read_tensors
 from jobs.config import save_config
 from jobs.journal import read_journal
@@ -21,6 +20,7 @@ from models.optim import OptimConfig, lr_at
 from models.stage2 import resize_positions
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
+from tests.e2e.training import make_tokens
 
 OPTIM = OptimConfig(lr=0.01, warmup_share=0.25)
 STEPS, ALL_STEPS = 4, 8
@@ -63,7 +63,8 @@ class Clips:
 
 def run_stage(config: PretrainConfig, clips: Clips | None = None) -> list[dict[str, Any]]:
     """What a worker does, without Ray; returns the rows of metrics.jsonl."""
-    save_config(config.out, config)
+    if not config.out.exists():
+        training._open_run(config.out, config, [], "t" * 32)
     seed_everything(config.loop.seed, -1, 0)
     objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
     train(objective, clips or Clips(config.backbone.shape), Context(run=config.out), config.loop, config.optim)
@@ -73,6 +74,7 @@ def run_stage(config: PretrainConfig, clips: Clips | None = None) -> list[dict[s
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A finished stage one: 4 steps of a schedule of 8."""
+    make_tokens(tmp_path / "tokens")
     config = make_config(tmp_path / "one", steps=STEPS, schedule_steps=ALL_STEPS)
     run_stage(config)
     return config.out
@@ -160,14 +162,11 @@ def test_what_may_differ_is_accepted(source: Path, tmp_path: Path) -> None:
     check_source(change(change(config, "objective", num_blocks=6, alpha=0.5), "backbone", dropout=0.0), source)
 
 
-def test_tokens_of_another_tokenizer_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_meta(folder: Path, kind: str) -> Any:
-        return SimpleNamespace(extra={"tokenizer": {"fingerprint": Path(folder).name}})
-
-    monkeypatch.setattr(pretrain, "read_meta", read_meta)
+def test_tokens_of_another_tokenizer_are_refused(source: Path, tmp_path: Path) -> None:
+    make_tokens(tmp_path / "others", "o" * 32)
     config = make_config(tmp_path / "two", grid=8)
     check_source(config, source)
-    with pytest.raises(ConfigError, match=r"tokenizer tokens \(here others\)"):
+    with pytest.raises(ConfigError, match=r"trained on other codes: tokenizer t{32} \(here o{32}\)"):
         check_source(replace(config, tokens=str(tmp_path / "others")), source)
 
 

@@ -22,7 +22,7 @@ from models.stage2 import resize_positions
 from models.vimpac import VimpacBackbone, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
 from pipeline.labelled import LabelledConfig
-from tests.jobs.labelled_tokens import CLASSES, NETWORK, finetune, make_config, make_labelled_tokens
+from tests.jobs.labelled_tokens import CLASSES, NETWORK, finetune, make_config, make_labelled_tokens, open_run
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,10 @@ def pretrained(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         backbone=replace(NETWORK, layers=2, num_frames=2, grid_height=4, grid_width=4, dropout=0.1),
         objective=VimpacObjectiveConfig(head_hidden=16, head_out=8),
     )
-    _open_run(out, config, [])
+    open_run(config)
     torch.manual_seed(7)
     objective = VimpacObjective(VimpacBackbone(config.backbone), config.objective)
-    write_checkpoint(out, objective.state_dict(), {}, Cursor(step=3))
+    write_checkpoint(out, objective.state_dict(), {}, Cursor())
     return out
 
 
@@ -101,7 +101,7 @@ def start(config: FinetuneConfig) -> FinetuneConfig:
     assert config.from_run is not None
     source, checkpoint = find_source(config.from_run)
     config = replace(config, backbone=job._take_network(config.backbone, source.backbone))
-    _open_run(config.out, config, [])
+    open_run(config)
     job._start_from(config, source, checkpoint, CLASSES)
     return config
 

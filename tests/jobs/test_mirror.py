@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.checkpoint import list_checkpoints, read_cursor
+from jobs.checkpoint_checks import Expected
 from jobs.journal import read_journal
 from jobs.loop import Context, train
 from jobs.mirror import Mirror
@@ -30,6 +31,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, objects: ObjectServer)
     if request.param == "folder":
         return str(tmp_path / "mirror")
     return objects.url(f"{objects.make_bucket(tmp_path.name.replace('_', '-')[:40].lower())}/run")
+
+
+LIMITS = Expected.of(Noisy, CONFIG.steps, ema=False).max_bytes()
 
 
 def run_with(run: Path, mirror: Mirror, batches: Steps | None = None) -> None:
@@ -56,7 +60,7 @@ def test_a_lost_folder_goes_on_from_the_store_bit_for_bit(place: str, tmp_path: 
         run_with(run, mirror, Dies())
     shutil.rmtree(run)
     mirror.pull_identity(run)
-    mirror.pull(run)
+    mirror.pull(run, LIMITS)
     assert [path.name for path in list_checkpoints(run)] == mirror.list() == ["00000002", "00000004"]
     assert json.loads((run / "run.json").read_text()) == {"a": 1}
     # The row of a step that was done meanwhile may have come along; the resume drops it.
@@ -64,7 +68,7 @@ def test_a_lost_folder_goes_on_from_the_store_bit_for_bit(place: str, tmp_path: 
     run_with(run, mirror)
     assert losses(list(read_journal(run / "metrics.jsonl"))) == losses(whole)
     shutil.rmtree(run)
-    mirror.pull(run)
+    mirror.pull(run, LIMITS)
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         ours, theirs = (list_checkpoints(tmp_path / folder)[-1] / name for folder in ("run", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -75,8 +79,8 @@ def test_the_curve_comes_to_a_folder_that_has_the_checkpoint_alone(place: str, t
     """As on a node whose worker was not the first one, and now is."""
     mirror = Mirror(place)
     run_with(tmp_path / "run", mirror)
-    mirror.fetch(tmp_path / "node", "00000006")
-    mirror.pull(tmp_path / "node")
+    mirror.fetch(tmp_path / "node", "00000006", LIMITS)
+    mirror.pull(tmp_path / "node", LIMITS)
     assert [row["step"] for row in read_journal(tmp_path / "node" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -84,7 +88,7 @@ def test_what_a_folder_of_another_run_knows_of_mlflow_is_not_mixed_up(tmp_path: 
     mirror, other = Mirror(str(tmp_path / "mirror")), tmp_path / "other"
     for folder in (tmp_path / "run", other):
         folder.mkdir()
-        (folder / "run.json").write_text(folder.name)
+        (folder / "run.json").write_text(f'{{"a": "{folder.name}"}}')
     (tmp_path / "run" / STATE_NAME).write_text('{"run_id": "1"}')
     mirror.push_identity(tmp_path / "run")
     with pytest.raises(ConfigError, match="holds another run than"):
@@ -96,7 +100,7 @@ def test_a_mirror_of_another_run_is_refused(tmp_path: Path) -> None:
     mirror = Mirror(str(tmp_path / "mirror"))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(name)
+        (tmp_path / name / "run.json").write_text(f'{{"a": "{name}"}}')
     run_with(tmp_path / "one", mirror)
     mirror.pull_identity(tmp_path / "one")
     with pytest.raises(ConfigError, match=r"workers\.mirror = .*mirror holds another run than .*two"):

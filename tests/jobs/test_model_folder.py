@@ -14,6 +14,7 @@ import torch
 from jobs.config import CONFIG_NAME
 from jobs.model_folder import Features, add_mlflow_model, load_model, write_model
 from jobs.registry import digest_model
+from jobs.run_files import DamagedRun
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
 from pipeline.errors import ConfigError
 
@@ -115,5 +116,5 @@ def test_weights_of_another_network_are_refused(folder: Path, objective: VimpacO
     other = VimpacObjective(VimpacBackbone(replace(CONFIG, hidden=32)), objective.config)
     write_model(tmp_path / "model", other, tmp_path)
     (tmp_path / "model" / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(DamagedRun, match=r"model\.safetensors: tensor .* is \('F32'"):
         load_model(tmp_path / "model")

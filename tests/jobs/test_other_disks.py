@@ -10,7 +10,7 @@ import math
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +83,19 @@ def run(config: Config, begin: Callable[[], None] | None = None, build: BuildTas
     def export(checkpoint: Path, folder: Path) -> None:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
 
-    return run_training("train", config.out, config, build, [], export, dict, name="tiny", num_parts=4, begin=begin)
+    return run_training(
+        "train",
+        config.out,
+        config,
+        build,
+        [],
+        export,
+        dict,
+        name="tiny",
+        num_parts=4,
+        make_objective=Noisy,
+        begin=begin,
+    )
 
 
 def make_config(tmp_path: Path, **changes: Any) -> Config:
@@ -229,10 +241,10 @@ def test_a_mirror_that_is_away_at_the_end_costs_nothing_where_the_disk_is_shared
     disk.symlink_to(tmp_path)
     config, pull = make_config(tmp_path), Mirror.pull
 
-    def pull_until_trained(self: Mirror, run: Path) -> None:
+    def pull_until_trained(self: Mirror, run: Path, max_bytes: Mapping[str, int]) -> None:
         if list_checkpoints(run):
             raise OSError("away")
-        pull(self, run)
+        pull(self, run, max_bytes)
 
     monkeypatch.setattr(Mirror, "pull", pull_until_trained)
     assert run(config).committed == 8
