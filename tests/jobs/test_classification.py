@@ -178,13 +178,15 @@ def test_a_run_is_tested_in_its_own_precision_unless_told(
 
 def test_the_checkpoint_is_chosen_by_the_validation_split_or_is_the_last(trained: Path) -> None:
     assert is_finetuned(trained) and not is_finetuned(trained / "checkpoints")
-    cursor = trained / "checkpoints" / "00000002" / "state.json"
-    before = json.loads(cursor.read_text())
-    for accuracy, step in ((1.1, "00000002"), (-0.1, "00000004")):
-        cursor.write_text(json.dumps(before | {"val_accuracy": accuracy}))
+    cursors = [trained / "checkpoints" / name / "state.json" for name in ("00000002", "00000004")]
+    before = [cursor.read_text() for cursor in cursors]
+    for accuracies, step in (((1.0, 0.5), "00000002"), ((0.5, 0.5), "00000004"), ((0.0, 0.5), "00000004")):
+        for cursor, text, accuracy in zip(cursors, before, accuracies, strict=True):
+            cursor.write_text(json.dumps(json.loads(text) | {"val_accuracy": accuracy}))
         assert _select(list_checkpoints(trained), ClassifyConfig())[0].name == step
         assert _select(list_checkpoints(trained), ClassifyConfig(select="last"))[0].name == "00000004"
-    cursor.write_text(json.dumps(before))
+    for cursor, text in zip(cursors, before, strict=True):
+        cursor.write_text(text)
 
 
 def test_the_mean_over_runs_has_its_deviation() -> None:
