@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MARKER_NAME = "run.json"
 """The settings and inputs that a run's folder is bound to."""
+TOKENIZER_KEY = "tokenizer_fingerprint"
+"""Where it names the tokenizer that made the tokens; "tokenizer" is a setting of train-tokenizer."""
 _MLFLOW = (SPOOL_NAME, MLFLOW_STATE_NAME)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from jobs.checkpoint import check_tensors, specs_of
 from jobs.config import CONFIG_NAME, from_plain
-from jobs.mirror import MARKER_NAME
+from jobs.mirror import MARKER_NAME, TOKENIZER_KEY
 from jobs.run_files import DamagedRun, read_object
 from models.classifier import VimpacClassifier
 from models.vimpac import VimpacBackbone, VimpacConfig, VimpacObjective, VimpacObjectiveConfig
@@ -49,7 +49,7 @@ def write_model(folder: Path, objective: VimpacObjective | VimpacClassifier, run
         else {"kind": "vimpac", "objective": asdict(objective.config)}
     )
     description = {**own, "backbone": asdict(objective.backbone.config)}
-    if (run / MARKER_NAME).exists() and (tokenizer := read_object(run / MARKER_NAME).get("tokenizer")):
+    if (run / MARKER_NAME).exists() and (tokenizer := read_object(run / MARKER_NAME).get(TOKENIZER_KEY)):
         description["tokenizer"] = tokenizer  # whose codes it takes
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     shutil.copyfile(run / CONFIG_NAME, folder / _RUN_CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jobs.mirror import TOKENIZER_KEY
 from jobs.training import read_marker
 from pipeline.dataset import DatasetMeta, Place, read_meta
 from pipeline.errors import ConfigError, DatasetError
@@ -21,7 +22,7 @@ def tokenizer_of_run(run: Path, trained_on: str) -> str:
         DamagedRun: the run's `run.json` is damaged.
     """
     marker = read_marker(run)
-    if noted := str(marker.get("tokenizer", "")):
+    if noted := str(marker.get(TOKENIZER_KEY, "")):
         return noted
     way_out = (
         f"{run} is of a release that did not note its tokenizer. Run the command that trained it again, in the folder where it was "

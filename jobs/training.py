@@ -29,7 +29,7 @@ from jobs.folder import lock_folder
 from jobs.gauges import JobMetrics
 from jobs.journal import JOURNAL_NAME, last_row, read_metric
 from jobs.loop import Batches, Context, Fractions, LoopConfig, NonFiniteLoss
-from jobs.mirror import MARKER_NAME, Mirror
+from jobs.mirror import MARKER_NAME, TOKENIZER_KEY, Mirror
 from jobs.progress import follow
 from jobs.result import JobResult
 from jobs.run_files import DamagedRun, read_object, refuse_links
@@ -176,19 +176,19 @@ def _open_run(out: Path, config: Any, inputs: Sequence[DatasetInput], tokenizer:
     identity["order_version"] = ORDER_VERSION
     identity["inputs"] = [f"{one.fingerprint} {one.content}".strip() for one in inputs]
     if tokenizer:
-        identity["tokenizer"] = tokenizer
+        identity[TOKENIZER_KEY] = tokenizer
     marker = out / MARKER_NAME
     if marker.exists():
         before = read_marker(out)
         # Earlier releases did not note the tokenizer; the fingerprint of the tokens, among the inputs, implies it.
-        known = {"tokenizer": tokenizer, **_identity(before)} if tokenizer else _identity(before)
+        known = {TOKENIZER_KEY: tokenizer, **_identity(before)} if tokenizer else _identity(before)
         if differences := list(config_differences(known, identity)):
             words = "; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in differences)
             raise ConfigError(
                 f"{out} holds a run with other settings: {words}. Choose another --out (and workers.mirror), or delete this one"
             )
-        if tokenizer and "tokenizer" not in before and not config.workers.mirror:  # a mirror's copy must stay equal
-            write_atomic(marker, (json.dumps({**before, "tokenizer": tokenizer}, indent=2) + "\n").encode())
+        if tokenizer and TOKENIZER_KEY not in before and not config.workers.mirror:  # a mirror's copy must stay equal
+            write_atomic(marker, (json.dumps({**before, TOKENIZER_KEY: tokenizer}, indent=2) + "\n").encode())
     else:
         require_unused(out)
         write_atomic(marker, (json.dumps(identity, indent=2) + "\n").encode())
@@ -206,7 +206,7 @@ def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_marker(run: Path) -> dict[str, Any]:
-    """The settings and inputs that a run is bound to, and the fingerprint of its tokenizer as "tokenizer" where it has one
+    """The settings and inputs that a run is bound to, and the fingerprint of its tokens' tokenizer under `TOKENIZER_KEY` where it has one
     and its release noted it.
 
     Raises:
@@ -218,8 +218,8 @@ def read_marker(run: Path) -> dict[str, Any]:
         inputs = marker.get("inputs")
         if not (isinstance(inputs, list) and all(isinstance(one, str) for one in inputs)):
             raise DamagedRun(f"{path} is no run's: it has no list of inputs")
-        if not isinstance(marker.get("tokenizer", ""), str):
-            raise DamagedRun(f"{path} is damaged: its tokenizer is {marker['tokenizer']!r}")
+        if not isinstance(marker.get(TOKENIZER_KEY, ""), str):
+            raise DamagedRun(f"{path} is damaged: {TOKENIZER_KEY} is {marker[TOKENIZER_KEY]!r}")
     except DamagedRun as error:
         raise DamagedRun(
             f"{error}. Without it nothing says which settings and data {run} is of: put back a copy, such as that of "
@@ -231,7 +231,7 @@ def read_marker(run: Path) -> dict[str, Any]:
 def read_run_fingerprint(run: Path) -> str:
     """The fingerprint that a run's job returned: of its settings and inputs. Raises as `read_marker`."""
     marker = read_marker(run)
-    marker.pop("tokenizer", None)  # implied by the inputs; earlier releases did not note it
+    marker.pop(TOKENIZER_KEY, None)  # implied by the inputs; earlier releases did not note it
     return fingerprint(**marker)
 
 
