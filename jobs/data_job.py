@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class DataJob:
         policy: RejectPolicy,
         parent_contents: Mapping[int, str] | None = None,
         plan_books: Ledger | None = None,
+        remake: Collection[int] = (),
         **creation: Any,
     ) -> Iterator[DataJob]:
         """The job of `out` for the body, with its MLflow run, which an error in the body marks as failed.
@@ -102,6 +103,7 @@ class DataJob:
             parent_contents: for each shard the content that it must have been made from; another one makes it stale, and
                 it is done again.
             plan_books: of the inputs that the plan refused.
+            remake: shards that are made again, whatever is there; each stays until the new one is whole.
             creation: for `dataset.create_or_resume`.
 
         Raises:
@@ -111,7 +113,7 @@ class DataJob:
         meta = dataset.create_or_resume(out, meta, **creation)
         done = {
             shard: info
-            for shard, info in dataset.committed_shards(out, meta.fingerprint).items()
+            for shard, info in dataset.committed_shards(out, meta.fingerprint, remake).items()
             if not any(info.ledger.rejected[name] for name in policy.retry_rejects)
             and (parent_contents is None or info.parent_content == parent_contents[shard])
         }

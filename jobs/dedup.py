@@ -39,6 +39,7 @@ from pipeline.near_duplicates import (
 )
 from pipeline.shards import read_payload
 from pipeline.storage import Store
+from pipeline.untrusted import open_member, parse_codes
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
     if not len(index):
         return Found(np.empty((0, 2), np.int64), np.empty(0), np.empty(0), 0, 0.0, 0.0)
     chosen = np.unique(np.linspace(0, len(index) - 1, min(settings.learn_samples, len(index))).astype(int))
-    learnt = ((codes, fps[sample]) for sample, codes in _stream(store, index, chosen))
+    learnt = ((codes, fps[sample]) for sample, codes in _stream(store, index, chosen, codebook_size))
     sketcher = Sketcher.learn(learnt, codebook_size, settings.num_bands)
     started_cpu_s = time.process_time()
     shutil.rmtree(scratch, ignore_errors=True)  # of a job that was killed
@@ -172,7 +173,7 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
         with Progress("dedup: keys", "samples", len(index)) as bar:
 
             def keys() -> Iterator[np.ndarray]:
-                for sample, codes in _stream(store, index, np.arange(len(index))):
+                for sample, codes in _stream(store, index, np.arange(len(index)), codebook_size):
                     yield sketcher.keys(codes, fps[sample])
                     bar.advance(1)
 
@@ -185,8 +186,8 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
     @functools.lru_cache(_FILMS)
     def film(sample: int) -> Film:
         row = index.slice(sample, 1).to_pylist()[0]
-        codes = np.frombuffer(read_payload(store, row), "<u2")
-        return sketcher.film(codes.reshape(row["num_frames"], row["height"], row["width"]), row["fps"])
+        codes = parse_codes(read_payload(store, row), row, codebook_size, store.where(row["tar"]))
+        return sketcher.film(codes, row["fps"])
 
     scores, offsets_s = np.zeros(len(pairs)), np.zeros(len(pairs))
     with Progress("dedup: compare", "pairs", len(pairs)) as bar:
@@ -198,22 +199,24 @@ def find(store: Store, meta: DatasetMeta, index: pa.Table, settings: NearDuplica
     return Found(pairs, scores, offsets_s, num_crowded, keys_cpu_s, compare_cpu_s)
 
 
-def _stream(store: Store, index: pa.Table, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _stream(store: Store, index: pa.Table, samples: np.ndarray, codebook_size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Number and codes (t h w) of these rows of `index`, in its order, each tar opened once."""
     shards, tars, offsets, sizes = (index[name].to_numpy()[samples] for name in ("shard", "tar", "offset", "size"))
     shapes = np.stack([index[name].to_numpy()[samples] for name in ("num_frames", "height", "width")], axis=1)
     for shard in np.unique(shards).tolist():
         places = np.flatnonzero(shards == shard).tolist()
         with ExitStack() as stack:
-            files = {tar: stack.enter_context(store.open(tar)) for tar in set(tars[places])}
+            files = {tar: stack.enter_context(open_member(store, tar)) for tar in set(tars[places])}
             for place in places:
                 data = os.pread(files[tars[place]].fileno(), int(sizes[place]), int(offsets[place]))
+                key = index["key"][int(samples[place])].as_py()
                 if len(data) != sizes[place]:
-                    key = index["key"][int(samples[place])].as_py()
                     raise DatasetError(
                         f"{store.where(tars[place])}: sample {key} is cut off; run `tokenreel verify {store}`"
                     )
-                yield int(samples[place]), np.frombuffer(data, "<u2").reshape(shapes[place])
+                num_frames, height, width = shapes[place].tolist()
+                row = {"key": key, "num_frames": num_frames, "height": height, "width": width}
+                yield int(samples[place]), parse_codes(data, row, codebook_size, store.where(tars[place]))
 
 
 def _groups(index: pa.Table, choice: Choice, pairs: np.ndarray, scores: np.ndarray, offsets_s: np.ndarray) -> pa.Table:

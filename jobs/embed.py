@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,7 +56,8 @@ class EmbedConfig:
             raise ConfigError(f"num_encoders = {self.num_encoders}: must be 1 or more")
 
 
-def run(config: EmbedConfig) -> JobResult:
+def run(config: EmbedConfig, remake: Collection[int] = ()) -> JobResult:
+    """Write the dataset; shards in `remake` are made again, and each takes the place of the old one when it is whole."""
     source, out = Store.at(config.tokens), Store.at(config.out)
     tokens = read_meta(source, kind="tokens", complete=True)
     folder = find_model(config.run)
@@ -73,7 +75,9 @@ def run(config: EmbedConfig) -> JobResult:
     contents = {shard: info.content for shard, info in committed_shards(source, tokens.fingerprint).items()}
     with (
         lock_folder(work_folder(out)),
-        DataJob.open("embed", out, meta, config, inputs, policy=config.rejects, parent_contents=contents) as job,
+        DataJob.open(
+            "embed", out, meta, config, inputs, policy=config.rejects, parent_contents=contents, remake=remake
+        ) as job,
     ):
         use = EncoderUse()
         if job.todo:

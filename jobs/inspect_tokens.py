@@ -14,11 +14,12 @@ import torch
 from jobs.contact_sheet import Histogram, Row, Section, Strip, Table
 from jobs.inspect import InspectConfig, distribution
 from jobs.token_origin import load_kept_tokenizer, original_frames
-from pipeline.dataset import DatasetMeta, find_parent
+from pipeline.dataset import DatasetMeta, codebook_size, find_parent
 from pipeline.schema import Reject
 from pipeline.shards import read_payload
 from pipeline.storage import Store
 from pipeline.token_statistics import Scan, TokenStatistics, sample_shards, scan_tokens
+from pipeline.untrusted import parse_codes
 
 COLUMNS = ["key", "source", "start_s", "end_s", "offset", "size", "sha256", "num_frames", "height", "width"]
 COLUMNS += ["view", "clip_sha256"]
@@ -211,8 +212,8 @@ class _Reconstructor:
     def _make_pair(self, place: int) -> tuple[np.ndarray | Reject | None, np.ndarray]:
         """Some frames over the whole clip (t h w c), and the same of its tokens."""
         row = self._row(place)
-        codes = np.frombuffer(read_payload(self._store, row), np.uint16)
-        codes = codes.reshape(row["num_frames"], row["height"], row["width"])
+        where, size = self._store.where(row["tar"]), codebook_size(self._meta)
+        codes = parse_codes(read_payload(self._store, row), row, size, where)
         shown = np.unique(np.linspace(0, len(codes) - 1, _STRIP_FRAMES).round().astype(int))
         with torch.inference_mode():
             decoded = self._tokenizer.decode(torch.from_numpy(codes[shown])).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,8 @@ class ShardConfig:
     """What `tokenreel plan --save` wrote for this very command: predicted over actual goes to the result and to MLflow."""
 
 
-def run(config: ShardConfig) -> JobResult:
+def run(config: ShardConfig, remake: Collection[int] = ()) -> JobResult:
+    """Write the dataset; shards in `remake` are made again, and each takes the place of the old one when it is whole."""
     out = Store.at(config.out)
     work = work_folder(out)
     with lock_folder(work):
@@ -57,7 +59,7 @@ def run(config: ShardConfig) -> JobResult:
         shutil.rmtree(scratch, ignore_errors=True)  # of a job that was killed while it planned
         scratch.mkdir()
         try:
-            return _run(config, out, scratch)
+            return _run(config, out, scratch, remake)
         except OSError as error:  # of a video it would be a reject
             raise TransientIO(
                 f"{out}: stopped by a disk or a storage that refuses: {' '.join(str(error).split())}; "
@@ -67,7 +69,7 @@ def run(config: ShardConfig) -> JobResult:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run(config: ShardConfig, out: Store, scratch: Path) -> JobResult:
+def _run(config: ShardConfig, out: Store, scratch: Path, remake: Collection[int]) -> JobResult:
     plan = plan_shards(config.corpus, config.settings, scratch, root=config.root)
     refused = plan.ledger.planned
     log.info(f"shard: {plan.num_videos} videos in {plan.num_shards} shards, {refused} rejected by the plan")
@@ -83,7 +85,7 @@ def _run(config: ShardConfig, out: Store, scratch: Path) -> JobResult:
     predicted = read_prediction(config.plan, "shard", meta.fingerprint) if config.plan else None
     with DataJob.open(
         "shard", out, meta, config, [corpus], policy=config.rejects, plan_books=plan.ledger, plan=plan.path,
-        plan_rejects=plan.rejects, name_changes=name_changes,
+        plan_rejects=plan.rejects, name_changes=name_changes, remake=remake,
     ) as job:  # fmt: skip
         if job.todo:
             from pipeline.stages import run_shard

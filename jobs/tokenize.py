@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +62,8 @@ class TokenizeConfig:
             raise ConfigError(f"num_encoders = {self.num_encoders}: must be 1 or more")
 
 
-def run(config: TokenizeConfig) -> JobResult:
+def run(config: TokenizeConfig, remake: Collection[int] = ()) -> JobResult:
+    """Write the dataset; shards in `remake` are made again, and each takes the place of the old one when it is whole."""
     source, out = Store.at(config.clips), Store.at(config.out)
     clips = read_meta(source, kind="clips", complete=True)
     folder = find_tokenizer(config.tokenizer)
@@ -85,7 +86,9 @@ def run(config: TokenizeConfig) -> JobResult:
     contents = {shard: info.content for shard, info in committed_shards(source, clips.fingerprint).items()}
     with (
         lock_folder(work_folder(out)),
-        DataJob.open("tokenize", out, meta, config, inputs, policy=config.rejects, parent_contents=contents) as job,
+        DataJob.open(
+            "tokenize", out, meta, config, inputs, policy=config.rejects, parent_contents=contents, remake=remake
+        ) as job,
     ):
         for path in folder.iterdir():
             out.write(f"{TOKENIZER_FOLDER}/{path.name}", path.read_bytes())

@@ -18,14 +18,15 @@ from jobs.paths import PathOrUrl
 from jobs.progress import Progress
 from jobs.result import JobResult
 from jobs.token_origin import TOKENIZER_FOLDER, load_kept_tokenizer, settings_of
+from pipeline import ffmpeg
 from pipeline.audit import audit, draw_samples
-from pipeline.dataset import DatasetMeta, find_parent, listed_shards, read_meta
+from pipeline.dataset import DatasetMeta, find_parent, listed_shards, read_meta, require_writable
 from pipeline.encoding import Encode
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings
-from pipeline.verify import Problem, repair
+from pipeline.verify import Problem, shards_at_fault
 from pipeline.verify import verify as verify_dataset
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,12 @@ class VerifyConfig:
     """The dataset: a path, or s3://, gs://, abfs://."""
     repair: bool = False
     """Make the shards that fail again, from the same inputs by the command that the dataset keeps (config.json), and check
-    once more."""
+    once more. A shard stays as it is until the new one is whole."""
+    parent: str = ""
+    """The clips that tokens, or the tokens that embeddings were made from, where they are not at the place that DATASET names
+    within its own storage; a path, or s3://, gs://, abfs://."""
+    deep: bool = False
+    """Decode every clip, and compare how many frames it shows with what the index says."""
     re_encode: Annotated[float, _SHARE] = 0.0
     """Share of the samples of a token dataset, as 0.001 or 0.1%, whose clips are decoded and encoded again, on the GPU where
     there is one; the codes must be the same. At least one sample, drawn at random."""
@@ -82,9 +88,10 @@ def run(config: VerifyConfig) -> JobResult:
     problems = check.run()
     repaired: list[int] = []
     if problems and config.repair:
-        repaired = repair(store, problems)
-        log.info("verify: %d shards are made again: %s", len(repaired), ", ".join(f"{s:06d}" for s in repaired[:20]))
-        _rebuild(store)
+        require_writable(store, read_meta(store))
+        repaired = shards_at_fault(store, problems)
+        log.info("verify: making %d shards again: %s", len(repaired), ", ".join(f"{s:06d}" for s in repaired[:20]))
+        _rebuild(store, repaired)
         problems = check.run()
     meta = read_meta(store)
     num_samples = (meta.totals or {}).get("committed", 0)
@@ -112,8 +119,16 @@ class _Check:
     def __init__(self, config: VerifyConfig, store: Store) -> None:
         self._config, self._store = config, store
         self.figures: dict[str, int] = {}
+        meta = read_meta(store)
+        self._parent = find_parent(store, meta, config.parent or None)
+        self._limits = _limits_of(store) if meta.kind == "clips" else FfmpegLimits()
         if config.re_encode:
-            _require_clips(store, read_meta(store))  # hashing a large dataset takes hours, so this is said before
+            self._require_clips(meta)  # hashing a large dataset takes hours, so this is said before
+        elif meta.kind != "clips" and self._parent is None:
+            log.warning(
+                f"{store}: whether its shards are stale was left out: the dataset that it was made from, {meta.parent_fingerprint}, "
+                "is not at hand; give its place by --parent"
+            )
 
     def run(self) -> list[Problem]:
         problems = []
@@ -124,7 +139,9 @@ class _Check:
 
     def _find(self) -> Iterator[Problem]:
         found = []
-        for problem in verify_dataset(self._store, find_parent(self._store, read_meta(self._store))):
+        if read_meta(self._store).kind != "clips":
+            self.figures["parent_checked"] = int(self._parent is not None)
+        for problem in verify_dataset(self._store, self._parent, deep=self._config.deep, limits=self._limits):
             found.append(problem.shard)
             yield problem
         if self._config.re_encode:
@@ -134,10 +151,14 @@ class _Check:
         """What decoding and encoding says of samples in `shards`; a shard whose bytes are wrong is known to be bad."""
         config, store = self._config, self._store
         meta = read_meta(store)
-        clips = _require_clips(store, meta)
+        clips = self._require_clips(meta)
         drawn = draw_samples(store, shards, config.re_encode, config.re_encode_seed)
         number = sum(map(len, drawn.values()))
-        self.figures = {"samples_re_encoded": number, "codes_compared": 0, "codes_different": 0}
+        self.figures |= {"samples_re_encoded": number, "codes_compared": 0, "codes_different": 0}
+        if meta.decoder and meta.decoder != ffmpeg.identity():
+            log.warning(
+                f"{store}: its clips were decoded by {meta.decoder}; this machine has {ffmpeg.identity()}, so codes may differ without a fault"
+            )
         settings = _settings_of(store, meta)
         encode = _encode_of(store, meta, settings)
         with Progress("re-encode", "samples", number) as bar:
@@ -148,27 +169,28 @@ class _Check:
                 if one.problem is not None:
                     yield one.problem
 
-
-def _require_clips(store: Store, meta: DatasetMeta) -> Store:
-    """The clip dataset that tokens were made from."""
-    if meta.kind != "tokens":
-        raise ConfigError(f"{store} holds {meta.kind}; only tokens can be encoded again (--re-encode)")
-    clips = find_parent(store, meta)
-    if clips is None:
-        raise ConfigError(
-            f"{store}: --re-encode needs the clips that its tokens were made from, dataset {meta.parent_fingerprint}; at "
-            f"{meta.extra.get('clips')} (seen from there) it is not. Put it back, or verify without --re-encode"
-        )
-    return clips
+    def _require_clips(self, meta: DatasetMeta) -> Store:
+        """The clip dataset that tokens were made from."""
+        if meta.kind != "tokens":
+            raise ConfigError(f"{self._store} holds {meta.kind}; only tokens can be encoded again (--re-encode)")
+        if self._parent is None:
+            raise ConfigError(
+                f"{self._store}: --re-encode needs the clips that its tokens were made from, dataset {meta.parent_fingerprint}, "
+                "which are not at hand; give their place by --parent, or verify without --re-encode"
+            )
+        return self._parent
 
 
 def _settings_of(store: Store, meta: DatasetMeta) -> TokenizeSettings:
     """The settings that made a token dataset, with the limits of its last command."""
-    settings = settings_of(meta)
-    with contextlib.suppress(ConfigError, KeyError):
-        limits = from_plain(_read_config(store)["settings"]["limits"], FfmpegLimits, store.where(CONFIG_NAME))
-        settings = replace(settings, limits=limits)
-    return settings
+    return replace(settings_of(meta), limits=_limits_of(store))
+
+
+def _limits_of(store: Store) -> FfmpegLimits:
+    """The limits of the last command that wrote a dataset, or the usual ones where it cannot be read."""
+    with contextlib.suppress(ConfigError, KeyError, TypeError):
+        return from_plain(_read_config(store)["settings"]["limits"], FfmpegLimits, store.where(CONFIG_NAME))
+    return FfmpegLimits()
 
 
 def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> Encode:
@@ -194,18 +216,20 @@ def _encode_of(store: Store, meta: DatasetMeta, settings: TokenizeSettings) -> E
     return FrameEncoder(tokenizer, device, settings.precision)
 
 
-def _rebuild(store: Store) -> None:
-    """Run the job that wrote the dataset again, by its own config; it makes what is missing."""
+def _rebuild(store: Store, shards: list[int]) -> None:
+    """Run the job that wrote the dataset again, by its own config, for these shards."""
     from jobs import embed, shard, tokenize
 
-    jobs: dict[str, tuple[type[Any], Callable[[Any], JobResult]]] = {
+    jobs: dict[str, tuple[type[Any], Callable[[Any, list[int]], JobResult]]] = {
         "clips": (shard.ShardConfig, shard.run),
         "tokens": (tokenize.TokenizeConfig, tokenize.run),
         "embeddings": (embed.EmbedConfig, embed.run),
     }
     kind, run_job = jobs[read_meta(store).kind]
     plain = {name: value for name, value in _read_config(store).items() if name != "plan"}  # its file may be gone
-    run_job(replace(from_plain(plain, kind, store.where(CONFIG_NAME)), out=store.url))
+    config = from_plain(plain, kind, store.where(CONFIG_NAME))
+    # What a damaged shard says of its rejects is not believed.
+    run_job(replace(config, out=store.url, rejects=replace(config.rejects, retry_rejects=())), shards)
 
 
 def _read_config(store: Store) -> dict[str, Any]:

@@ -8,21 +8,31 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
-from pipeline.parquet import parse_parquet
 from pipeline.plan_file import PLAN_NAME
-from pipeline.schema import READABLE_VERSIONS, SCHEMA_VERSION, SPLITS, Reject
+from pipeline.schema import READABLE_VERSIONS, REJECT_SCHEMA, SCHEMA_VERSION, SPLITS, Reject
 from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_columns, read_shard_info, tar_name
 from pipeline.storage import Store
+from pipeline.untrusted import (
+    MAX_JSON_BYTES,
+    MAX_SHARDS,
+    check_num_rows,
+    parse_object,
+    read_member,
+    require_counts,
+    require_fields,
+)
 
 _META = "dataset.json"
 PLAN_REJECTS = "rejects/plan.parquet"
@@ -35,6 +45,10 @@ _WRITERS = {
     "embeddings": ("embed", "TOKENS RUN OUT"),
 }
 """Kind of a dataset to the job that makes it, and what that is called with."""
+_TOTALS = {
+    "planned": int, "committed": int, "filtered": dict, "rejected": dict, "content": str, "videos": int, "frames": int,
+    "payload_bytes": int, "tar_bytes": int, "hours": float,
+}  # fmt: skip
 _READ_THREADS = 16
 Place = Store | Path | str
 
@@ -86,7 +100,7 @@ def create_or_resume(
     if store.exists(_META):
         existing = read_meta(store)
         require_writable(store, existing)
-        if existing.fingerprint != meta.fingerprint:
+        if (existing.fingerprint, existing.num_shards) != (meta.fingerprint, meta.num_shards):
             changes = _differences(store, existing, meta, plan, name_changes)
             raise ConfigError(
                 f"{store} holds a dataset made with other {changes}; nothing is mixed in. "
@@ -131,11 +145,11 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
     """
     store = Store.at(place)
     try:
-        meta = DatasetMeta(**json.loads(store.read(_META)))
+        data = parse_object(read_member(store, _META, MAX_JSON_BYTES), store.where(_META))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{store} is not a dataset: it has no {_META}") from None
-    except (ValueError, TypeError) as error:
-        raise DatasetError(f"{store.where(_META)} cannot be read: {error}") from error
+    _check_meta(data, store.where(_META))
+    meta = DatasetMeta(**data)
     if meta.schema_version not in READABLE_VERSIONS:
         raise ConfigError(
             f"{store.where(_META)} has schema version {meta.schema_version}; this tokenreel reads "
@@ -146,6 +160,45 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
     if complete and meta.totals is None:
         raise ConfigError(f"{store} is unfinished; run the command that writes it again, it resumes where it stopped")
     return meta
+
+
+def _check_meta(data: dict[str, Any], where: str) -> None:
+    """Raise `DatasetError` naming the field that is not what `DatasetMeta` says."""
+    required = {
+        "kind": tuple(INDEX_SCHEMAS),
+        "fingerprint": str,
+        "config": dict,
+        "parent_fingerprint": str,
+        "inputs_digest": str,
+    }
+    require_fields(data, {**required, "num_shards": int, "extra": dict, "schema_version": int}, where)
+    if unknown := sorted(set(data) - {one.name for one in fields(DatasetMeta)}):
+        raise DatasetError(f"{where} cannot be read: unknown field {unknown[0]!r:.80}")
+    if data["num_shards"] > MAX_SHARDS:
+        raise DatasetError(f"{where} cannot be read: num_shards = {data['num_shards']}: must be at most {MAX_SHARDS}")
+    if "decoder" in data:
+        require_fields(data, {"decoder": str}, where)
+    if data["kind"] == "tokens":
+        require_fields(data["extra"], {"tokenizer": dict}, where, "extra.")
+        tokenizer = data["extra"]["tokenizer"]
+        require_fields(tokenizer, {"fingerprint": str, "codebook_size": int}, where, "extra.tokenizer.")
+        if not 0 < tokenizer["codebook_size"] <= 2**16:
+            raise DatasetError(
+                f"{where} cannot be read: extra.tokenizer.codebook_size = {tokenizer['codebook_size']}: must be in [1, {2**16}]"
+            )
+    if (totals := data.get("totals")) is not None:
+        require_fields(data, {"totals": dict}, where)
+        require_fields(totals, _TOTALS, where, "totals.")
+        for name in ("filtered", "rejected"):
+            require_counts(totals[name], where, f"totals.{name}.")
+        for name in COUNTED:
+            require_counts(totals.get(f"samples_by_{name}", {}), where, f"totals.samples_by_{name}.")
+        tars = totals.get("tars", {})
+        if not isinstance(tars, dict) or not all(
+            isinstance(numbers, list) and all(type(one) is int and 0 <= one < data["num_shards"] for one in numbers)
+            for numbers in tars.values()
+        ):
+            raise DatasetError(f"{where} cannot be read: totals.tars: must be an object of lists of shards")
 
 
 def require_writable(store: Store, meta: DatasetMeta) -> None:
@@ -160,19 +213,48 @@ def require_writable(store: Store, meta: DatasetMeta) -> None:
     )
 
 
-def find_parent(store: Store, meta: DatasetMeta) -> Store | None:
-    """The clip dataset that the token dataset in `store` was made from, or the token dataset of embeddings, where it is still
-    at hand."""
+def find_parent(store: Store, meta: DatasetMeta, given: Place | None = None) -> Store | None:
+    """The clip dataset that the token dataset in `store` was made from, or the token dataset of embeddings, where it is at hand.
+
+    A dataset may come from anybody, so what it says of its parent's place is followed only within its own storage: from a local
+    folder by a relative path, from an object store to the same bucket. Everywhere else lies what the user names.
+
+    Args:
+        given: where the user says that it lies.
+
+    Raises:
+        ConfigError: it is not at the place that was given.
+    """
     kind = _PARENTS.get(meta.kind, "")
-    place = meta.extra.get(kind)
-    if place is None:
+    if given is None:
+        parent = _parent_nearby(store, meta.extra.get(kind))
+        try:
+            found = None if parent is None else read_meta(parent, kind=kind).fingerprint
+        except (ConfigError, DatasetError):
+            return None
+        return parent if found == meta.parent_fingerprint else None
+    if not kind:
+        raise ConfigError(f"{store} holds {meta.kind}, which are made from no other dataset")
+    parent = Store.at(given)
+    if (found := read_meta(parent, kind=kind).fingerprint) != meta.parent_fingerprint:
+        raise ConfigError(f"{parent} is dataset {found}; {store} was made from {meta.parent_fingerprint}")
+    return parent
+
+
+def _parent_nearby(store: Store, place: Any) -> Store | None:
+    """The place that `dataset.json` names, where it may be followed there."""
+    if not isinstance(place, str) or not place or "\0" in place:
         return None
-    parent = Store.at(place if "://" in place or not store.is_local else str(store.path() / place))
-    try:
-        found = read_meta(parent, kind=kind).fingerprint
-    except ConfigError:
-        return None
-    return parent if found == meta.parent_fingerprint else None
+    if store.is_local:
+        return None if "://" in place or Path(place).is_absolute() else Store.at(str(store.path() / place))
+    ours, theirs = urlsplit(store.url), urlsplit(place)
+    same = (ours.scheme, ours.netloc, ours.query) == (theirs.scheme, theirs.netloc, theirs.query)
+    return Store.at(place) if same and "://" in place else None
+
+
+def codebook_size(meta: DatasetMeta) -> int:
+    """How many codes the tokenizer of a token dataset has."""
+    return int(meta.extra["tokenizer"]["codebook_size"])
 
 
 def note_parent(meta: DatasetMeta, out: Store, parent: Store) -> None:
@@ -192,14 +274,14 @@ def listed_shards(place: Place) -> list[int]:
     return [int(name.stem) for name in names if name.suffix == ".parquet" and name.stem.isdecimal()]
 
 
-def committed_shards(place: Place, fingerprint: str) -> dict[int, ShardInfo]:
-    """The shards that count, with what their indexes say of them.
+def committed_shards(place: Place, fingerprint: str, without: Collection[int] = ()) -> dict[int, ShardInfo]:
+    """The shards that count, with what their indexes say of them; but for those in `without`, which are to be made again.
 
     Raises:
         DatasetError: an index file belongs to another dataset, or is none.
     """
     store = Store.at(place)
-    numbers = listed_shards(store)
+    numbers = [shard for shard in listed_shards(store) if shard not in without]
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         infos = pool.map(lambda shard: read_shard_info(store, shard), numbers)
         found = {shard: info for shard, info in zip(numbers, infos, strict=True) if info is not None}
@@ -311,8 +393,24 @@ def read_rejects(place: Place) -> Iterator[Reject]:
 
 
 def read_rejects_file(store: Store, name: str) -> list[Reject]:
-    """The rejects of one file."""
-    return [Reject(**row) for row in parse_parquet(store.read(name)).to_pylist()]
+    """The rejects of one file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DatasetError: it is damaged, or of other columns.
+    """
+    where, data = store.where(name), read_member(store, name)
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            check_num_rows(file.metadata.num_rows, len(data), where)
+            table = file.read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(f"{where} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if table.schema.remove_metadata() != REJECT_SCHEMA:
+        raise DatasetError(
+            f"{where} cannot be read: its columns are {table.schema.names}; must be {REJECT_SCHEMA.names}"
+        )
+    return [Reject(**row) for row in table.to_pylist()]
 
 
 def _differences(

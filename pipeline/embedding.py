@@ -12,7 +12,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset import DatasetMeta
+from pipeline.dataset import DatasetMeta, codebook_size, read_meta
 from pipeline.errors import BadVideo, ConfigError, DatasetError, TransientIO
 from pipeline.internal import as_bad_video
 from pipeline.ledger import Ledger
@@ -31,6 +31,7 @@ from pipeline.shards import (
     write_rejects,
 )
 from pipeline.storage import LOCAL_TROUBLE, Store
+from pipeline.untrusted import open_member
 
 _CARRIED = ("clip_key", "view", "video_id", "source", "fps", "caption", "label", "split", "extra")
 
@@ -117,8 +118,9 @@ def write_embedding_shard(
     rows: list[dict[str, Any]] = []
     values: list[np.ndarray] = []
     with ExitStack() as stack:
-        files = {name: stack.enter_context(tokens.open(name)) for name in {sample["tar"] for sample in samples}}
-        for sample, starts, vectors in _embed_samples(files, samples, rejects, embed, settings):
+        files = {name: stack.enter_context(open_member(tokens, name)) for name in {sample["tar"] for sample in samples}}
+        size = codebook_size(read_meta(tokens))
+        for sample, starts, vectors in _embed_samples(files, samples, rejects, embed, settings, size):
             try:
                 made = _rows(sample, starts, vectors, embed, settings)
             except Exception as error:
@@ -150,6 +152,7 @@ def _embed_samples(
     rejects: list[Reject],
     embed: Embed,
     settings: EmbedSettings,
+    num_codes: int,
 ) -> Iterator[tuple[dict[str, Any], list[int], np.ndarray]]:
     """(sample, first frame of each window, vectors (windows d)) of each sample in order; windows of many share a batch.
 
@@ -170,6 +173,8 @@ def _embed_samples(
     for sample in samples:
         try:
             codes = _read_codes(files[sample["tar"]], sample)
+            if (highest := int(codes.max(initial=0))) >= num_codes:
+                raise BadVideo("corrupt", f"code {highest} of a codebook of {num_codes}")
             starts = list(range(0, max(1, len(codes) - embed.window[0] + 1), settings.stride_frames or embed.window[0]))
             cut = [_cut(codes, start, embed) for start in starts]
         except Exception as error:

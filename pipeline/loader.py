@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.dataset import Place, read_index, read_meta
+from pipeline.dataset import Place, codebook_size, read_index, read_meta
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.keep_list import keep_list_digest, read_keep_list
 from pipeline.node_cache import NodeCache, default_folder
@@ -24,6 +24,7 @@ from pipeline.sample_index import name_tar, open_index
 from pipeline.schema import Split, TokenBatch
 from pipeline.shard_files import open_shard_files
 from pipeline.storage import Store
+from pipeline.untrusted import check_codes
 
 _BLOCKS_AHEAD = 2
 
@@ -220,7 +221,7 @@ class WindowReader:
         self._store, self._window, self._pad = Store.at(place), window, pad
         self.num_frames = window[0]
         meta = read_meta(self._store, kind="tokens", complete=True)
-        self.fingerprint = meta.fingerprint
+        self.fingerprint, self._codebook_size = meta.fingerprint, codebook_size(meta)
         self._select = functools.partial(
             select_rows,
             split=split,
@@ -294,9 +295,9 @@ class WindowReader:
         offsets = rows["offset"] + starts * frame_bytes
         windows = np.empty((len(samples), span * h * w), np.uint16)
         targets = list(windows)
-        for place in np.flatnonzero(counts < span).tolist():
-            filled = counts[place] * h * w
-            windows[place, filled:] = self._pad
+        short = [(place, counts[place] * h * w) for place in np.flatnonzero(counts < span).tolist()]
+        for place, filled in short:
+            windows[place, filled:] = 0
             targets[place] = windows[place, :filled]
         order = np.argsort(rows["tar"], kind="stable")
         opened = descriptor = -1
@@ -310,4 +311,13 @@ class WindowReader:
                     f"{self._store.where(name_tar(tar))}: sample {rows['key'][place].decode()} is cut off; run "
                     f"`tokenreel verify {self._store}`"
                 )
+        if len(windows) and windows.max() >= self._codebook_size:
+            place = int(windows.max(axis=1).argmax())
+            check_codes(
+                windows[place],
+                self._codebook_size,
+                f"{self._store.where(name_tar(int(rows['tar'][place])))}: sample {rows['key'][place].decode()}",
+            )
+        for place, filled in short:
+            windows[place, filled:] = self._pad
         return windows.reshape(len(samples), span, h, w)[:, ::stride]

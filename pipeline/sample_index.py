@@ -25,8 +25,9 @@ from pipeline.dataset import DatasetMeta, digest_contents, listed_shards
 from pipeline.errors import DatasetError
 from pipeline.node_cache import NodeCache
 from pipeline.schema import SPLITS, fingerprint
-from pipeline.shards import ShardInfo, read_shard_columns, tar_name
+from pipeline.shards import ShardInfo, index_name, read_shard_columns, tar_name
 from pipeline.storage import Store
+from pipeline.untrusted import check_num_rows, check_windows
 
 _FORMAT = 2
 _MAX_KEY_BYTES = 48
@@ -102,11 +103,14 @@ def open_index(
     identity = fingerprint(
         format=_FORMAT, url=store.url, dataset=meta.fingerprint, content=meta.content, selection=dict(selection)
     )
+    name = f"index/{identity}"
+    if not (cache.folder / name).exists():
+        _require_possible(store, meta)
     wanted = list(dict.fromkeys((*_COLUMNS, *columns)))
     # The rows that were committed are the most that can be selected; the tars of a shard are described in less than 400 bytes.
     most = int((meta.totals or {}).get("committed", 0)) * ROW.itemsize + meta.num_shards * 400 + 4096
     descriptor = cache.open(
-        f"index/{identity}",
+        name,
         most,
         lambda file: _build(file, store, meta, select, wanted),
         timeout_s=_ROOM_TIMEOUT_S,
@@ -114,6 +118,15 @@ def open_index(
     index = _map(descriptor)
     weakref.finalize(index, os.close, descriptor)  # an open descriptor is what keeps a file in the cache
     return index
+
+
+def _require_possible(store: Store, meta: DatasetMeta) -> None:
+    """Raise `DatasetError` where `dataset.json` claims more than its index files can hold, before room is made for it."""
+    sizes = [entry.size_bytes or 0 for entry in store.list("index")]
+    where = store.where("dataset.json")
+    if meta.num_shards > len(sizes):
+        raise DatasetError(f"{where}: num_shards = {meta.num_shards}; there are {len(sizes)} index files")
+    check_num_rows(int((meta.totals or {}).get("committed", 0)), sum(sizes), f"{where}: totals.committed")
 
 
 def _build(file: IO[bytes], store: Store, meta: DatasetMeta, select: Select, columns: list[str]) -> None:
@@ -159,6 +172,7 @@ def _read(store: Store, meta: DatasetMeta, shard: int, columns: list[str]) -> tu
             f"{store}: the index of shard {shard:06d} belongs to dataset {info.fingerprint}, not to {meta.fingerprint}; "
             "run the command that writes it again"
         )
+    check_windows(table, info.tars, store.where(index_name(shard)))
     return info, table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ from pipeline.sample_index import IndexedTar, SampleIndex, name_tar
 from pipeline.schema import fingerprint
 from pipeline.shards import read_shard_columns
 from pipeline.storage import RemoteStore, Store
+from pipeline.untrusted import open_member
 
 log = logging.getLogger(__name__)
 _MAX_OPEN_TARS = 256
@@ -142,7 +144,12 @@ def open_shard_files(
     """The tars of the dataset at `store`."""
     if not store.is_local:
         return CachedShards(store, meta, index, cache, shards_per_block)
-    return ShardFiles(lambda tar: os.open(store.path(name_tar(tar)), os.O_RDONLY | os.O_CLOEXEC))
+    return ShardFiles(functools.partial(_open_local, store))
+
+
+def _open_local(store: Store, tar: int) -> int:
+    with open_member(store, name_tar(tar)) as file:
+        return os.dup(file.fileno())
 
 
 def fetch_tar(store: RemoteStore, tar: IndexedTar, file: IO[bytes]) -> None:

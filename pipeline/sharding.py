@@ -30,6 +30,7 @@ from pipeline.schema import SCORES, ClipSpan, Reject, VideoRef, draw_split, iden
 from pipeline.shards import ADDED, PLACE, ShardWriter, Written, read_shard_info, read_shard_rows, rejects_name
 from pipeline.storage import LOCAL_TROUBLE, Store
 from pipeline.transcode import TranscodeConfig
+from pipeline.untrusted import open_member
 
 _MAX_FAILED_IN_A_ROW = 32
 """Clips of one video, after which the rest of it is not tried: one wrong timestamp can promise a day of them."""
@@ -246,7 +247,7 @@ class _Previous:
                 self._rejects[reject.path].append(reject)
         with ExitStack() as stack:
             tars = {row["tar"] for rows in self._rows.values() for row in rows}
-            self._tars = {name: stack.enter_context(store.open(name)) for name in tars}
+            self._tars = {name: stack.enter_context(open_member(store, name)) for name in tars}
             self._close = stack.pop_all().close
 
     def __enter__(self) -> _Previous:

@@ -28,6 +28,16 @@ from pipeline.ledger import Ledger
 from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, SPLITS, TOKEN_SCHEMA, Reject
 from pipeline.storage import Store
 from pipeline.tar_writer import TarWriter
+from pipeline.untrusted import (
+    check_columns,
+    check_num_rows,
+    check_places,
+    open_member,
+    parse_object,
+    read_member,
+    require_counts,
+    require_fields,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +95,10 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ShardInfo:
-        data = json.loads(text)
+        data = parse_object(text, _INFO_KEY.decode())
         if "tar_bytes" in data:  # format 3
             data |= {"shard": -1, "tars": {"": data.pop("tar_bytes")}}
+        _check_info(data)
         return cls(**{**data, "ledger": Ledger.from_json(data["ledger"])})
 
 
@@ -197,6 +208,7 @@ class ShardWriter:
             ledger=ledger,
             totals=_totals(rows),
         )
+        self._require_no_loss(info, rejects)
         # A shard that is made again stops counting before its bytes change.
         self._store.remove(index_name(self._shard))
         for split in SPLITS:
@@ -208,6 +220,23 @@ class ShardWriter:
         table = pa.Table.from_pylist(rows, schema=index_schema(self._kind, info))
         self._store.write(index_name(self._shard), to_parquet(table))
         return info
+
+    def _require_no_loss(self, info: ShardInfo, rejects: Sequence[Reject]) -> None:
+        """Raise `DatasetError` where the shard that is there was made of the same inputs, and more of them became samples: a disk
+        that is away for a moment must not cost any."""
+        try:
+            old = read_shard_info(self._store, self._shard)
+        except DatasetError:
+            return
+        same = ("fingerprint", "shard", "parent_content")
+        if old is None or any(getattr(old, name) != getattr(info, name) for name in same):
+            return
+        if info.ledger.committed < old.ledger.committed:
+            why = "; ".join(f"{one.path}: {one.reject_class}: {one.reason}" for one in rejects[:3])
+            raise DatasetError(
+                f"{self._store}: shard {self._shard:06d} was made again with {info.ledger.committed} samples; the one that is there "
+                f"counts {old.ledger.committed}, and stays. What became of the others: {why or 'nothing was rejected'}"
+            )
 
     def abort(self) -> None:
         """Drop everything; harmless after `commit`."""
@@ -254,12 +283,12 @@ def read_shard_info(store: Store, shard: int) -> ShardInfo | None:
         DatasetError: the file there is no index of ours.
     """
     try:
-        data = store.read(index_name(shard))
+        data = read_member(store, index_name(shard))
     except FileNotFoundError:
         return None
     try:
         return _parse_info(pq.read_schema(pa.BufferReader(data)))
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, DatasetError, OSError, KeyError, TypeError, ValueError) as error:
         raise _no_index(store, shard, error) from error
 
 
@@ -272,21 +301,26 @@ def read_shard_columns(store: Store, shard: int, columns: Sequence[str] | None =
         DatasetError: the file there is no index of ours.
     """
     name = index_name(shard)
+    where = store.where(name)
     # Not by its path, which Arrow cannot say in every locale.
-    with store.open(name) if store.is_local else pa.BufferReader(store.read(name)) as source:
+    with open_member(store, name) as source:
         try:
             file = pq.ParquetFile(source)
+            check_num_rows(file.metadata.num_rows, os.fstat(source.fileno()).st_size, where)
             info, there = _parse_info(file.schema_arrow), file.schema_arrow.names
             schema = INDEX_SCHEMAS[next(kind for kind, own in _OWN_COLUMN.items() if own in there)]
-        except (pa.ArrowException, OSError, KeyError, StopIteration, TypeError, ValueError) as error:
+        except (pa.ArrowException, DatasetError, OSError, KeyError, StopIteration, TypeError, ValueError) as error:
             raise _no_index(store, shard, error) from error
         wanted = list(columns or (*schema.names, *(one for one in there if one not in schema.names)))
         try:
             table = file.read([one for one in there if one in (*wanted, "split")], use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DatasetError(
-                f"{store.where(name)} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"
+                f"{where} cannot be read: {_one_line(error)}; run `tokenreel verify --repair`"
             ) from error
+    check_columns(table, schema, where)
+    if "offset" in there:
+        check_places(table, info.tars, where)
     for one in wanted:
         if one not in table.column_names:
             table = table.append_column(one, pa.nulls(len(table), schema.field(one).type))
@@ -326,7 +360,13 @@ def read_payload(store: Store, row: dict[str, Any]) -> bytes:
     Raises:
         DatasetError: the tar is shorter than the index says, or its bytes are not the indexed ones.
     """
-    data, where = store.read_range(row["tar"], row["offset"], row["size"]), store.where(row["tar"])
+    where = store.where(row["tar"])
+    if store.is_local:
+        with open_member(store, row["tar"]) as tar:
+            tar.seek(row["offset"])
+            data = tar.read(min(row["size"], os.fstat(tar.fileno()).st_size))
+    else:
+        data = store.read_range(row["tar"], row["offset"], row["size"])
     if len(data) != row["size"]:
         raise DatasetError(f"{where}: sample {row['key']} ends after {len(data)} of {row['size']} bytes")
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
@@ -371,6 +411,20 @@ def sample_info(row: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_info(schema: pa.Schema) -> ShardInfo:
     return ShardInfo.from_json((schema.metadata or {})[_INFO_KEY])
+
+
+def _check_info(data: dict[str, Any]) -> None:
+    where = _INFO_KEY.decode()
+    require_fields(data, {"fingerprint": str, "tars": dict, "content": str, "ledger": dict, "totals": dict}, where)
+    require_fields({"parent_content": "", **data}, {"parent_content": str}, where)
+    require_counts(data["tars"], where, "tars.")
+    require_fields(
+        data["ledger"], {"planned": int, "committed": int, "filtered": dict, "rejected": dict}, where, "ledger."
+    )
+    for name in ("filtered", "rejected"):
+        require_counts(data["ledger"][name], where, f"ledger.{name}.")
+    if type(data.get("shard")) is not int or not {*data["tars"]} <= {"", *SPLITS}:
+        raise DatasetError(f"{where} cannot be read: shard or tars: must be a number, and sizes by split")
 
 
 def _no_index(store: Store, shard: int, error: BaseException) -> DatasetError:

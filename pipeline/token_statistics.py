@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.errors import DatasetError
 from pipeline.storage import Store
+from pipeline.untrusted import open_member
 
 REST = "(the rest)"
 """Name of all sources beyond the largest."""
@@ -155,7 +156,7 @@ def scan_tokens(store: Store, index: pa.Table, codebook_size: int, *, shards: li
     tars = [tar for shard in shards for tar in np.unique(tar_of[shard_of == shard])]
     for tar in tars:
         places = np.flatnonzero(tar_of == tar)
-        with store.open(tar) as file:
+        with open_member(store, tar) as file:
             for place in places[np.argsort(offsets[places])].tolist():
                 file.seek(offsets[place])
                 data = file.read(sizes[place])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -19,6 +20,7 @@ from pipeline.dataset import (
     PLAN_REJECTS,
     DatasetMeta,
     Place,
+    codebook_size,
     digest_contents,
     list_split,
     listed_shards,
@@ -26,8 +28,10 @@ from pipeline.dataset import (
     read_rejects_file,
     split_name,
 )  # fmt: skip
+from pipeline.decode import open_bytes
 from pipeline.embedding import hash_vector, vectors_of
-from pipeline.errors import ConfigError, DatasetError, TokenreelError, TransientIO
+from pipeline.errors import BadVideo, ConfigError, DatasetError, TokenreelError, TransientIO
+from pipeline.ffmpeg import FfmpegLimits
 from pipeline.ledger import Ledger
 from pipeline.parquet import parse_parquet
 from pipeline.schema import SPLITS
@@ -43,8 +47,13 @@ from pipeline.shards import (
     tar_name,
 )
 from pipeline.storage import CHUNK_BYTES, LOCAL_TROUBLE, Store
+from pipeline.stored import count_frames, count_packets
+from pipeline.strays import find_strays
 from pipeline.tar_writer import tar_end_bytes, tar_header
+from pipeline.untrusted import check_codes, open_member, read_member
 
+_MOST_NAMED = 100
+"""Missing shards that are named, each in a line."""
 # What reading a file can raise in which any byte may be wrong.
 _DAMAGE = (
     TokenreelError, pa.ArrowException, OSError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError,
@@ -60,13 +69,17 @@ class Problem:
     shard: int | None = None
 
 
-def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
+def verify(
+    place: Place, parent: Place | None = None, *, deep: bool = False, limits: FfmpegLimits | None = None
+) -> Iterator[Problem]:
     """Yield every problem: bytes, index, books, splits, duplicates, stale, foreign or half-written files.
 
     Storage that cannot be reached is no problem of the dataset: its errors (`TransientIO`, `PermissionError`) are raised.
 
     Args:
         parent: the dataset that this one was made from; its shards tell which shards are stale.
+        deep: decode every clip, and compare how many frames it shows with what the index says.
+        limits: of ffmpeg, for clips.
     """
     store = Store.at(place)
     meta = read_meta(store)
@@ -91,20 +104,27 @@ def verify(place: Place, parent: Place | None = None) -> Iterator[Problem]:
                     shard,
                 )
             yield from _verify_parent(store, shard, info, parent)
+            check = _Check(store, meta, seen, deep, limits or FfmpegLimits())
             verify_shard = _verify_embeddings if meta.kind == "embeddings" else _verify_shard
-            for text in verify_shard(store, shard, info, seen):
+            for text in verify_shard(check, shard, info):
                 yield Problem(text, shard)
         except _DAMAGE as error:
             _raise_unless_damage(error)
             indexed |= {rejects_name(shard), *(tar_name(shard, split) for split in ("", *SPLITS))}
             yield Problem(f"{store}: shard {shard:06d} cannot be read: {error}", shard)
-    for shard in sorted(set(range(meta.num_shards)) - set(numbers)):
+    there = {shard for shard in numbers if shard < meta.num_shards}
+    missing = (shard for shard in range(meta.num_shards) if shard not in there)
+    for shard in itertools.islice(missing, _MOST_NAMED):
         yield Problem(f"{store}: shard {shard:06d} is missing", shard)
-    for shard in sorted(set(numbers) - set(range(meta.num_shards))):
-        yield Problem(f"{store}: shard {shard:06d} is foreign, the plan has {meta.num_shards} shards", shard)
-    for entry in (*store.list("shards"), *store.list("rejects")):
-        if entry.name not in indexed:
-            yield Problem(f"{store.where(entry.name)}: no index counts it (broken off, or foreign); delete it")
+    if meta.num_shards - len(there) > _MOST_NAMED:
+        yield Problem(f"{store}: {meta.num_shards - len(there)} of {meta.num_shards} shards are missing in all")
+    for shard in numbers:
+        if shard >= meta.num_shards:
+            yield Problem(
+                f"{store}: shard {shard:06d} is foreign, the plan has {meta.num_shards} shards; delete "
+                f"{index_name(shard)} and the files that it counts"
+            )
+    yield from (Problem(text) for text in find_strays(store, indexed))
     yield from (Problem(f"{store}: {text}") for text in seen.clashes())
     yield from (Problem(text) for text in _verify_books(store, meta, books))
     yield from (Problem(text) for text in _verify_totals(store, meta, contents))
@@ -137,6 +157,17 @@ class _Seen:
             yield f"video {ids[row]:016x} stands in two splits"
 
 
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """What all shards are checked with."""
+
+    store: Store
+    meta: DatasetMeta
+    seen: _Seen
+    deep: bool
+    limits: FfmpegLimits
+
+
 def _raise_unless_damage(error: BaseException) -> None:
     """A storage that cannot be reached says nothing about what is in it, and a repair would delete good shards."""
     if isinstance(error, TransientIO | PermissionError | MemoryError) or (
@@ -157,34 +188,71 @@ def _verify_parent(store: Store, shard: int, info: ShardInfo, parent: Place | No
         yield Problem(f"{store}: shard {shard:06d} is stale, {parent} has other samples in its place now", shard)
 
 
-def _verify_shard(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Iterator[str]:
+def _verify_shard(check: _Check, shard: int, info: ShardInfo) -> Iterator[str]:
+    store = check.store
     yield from _verify_rejects(store, shard, info)
     rows = read_shard_rows(store, shard)
     index = store.where(index_name(shard))
-    yield from _verify_rows(index, shard, rows, info, seen)
+    yield from _verify_rows(index, shard, rows, info, check.seen)
     if digest_rows(rows) != info.content:
         yield f"{index}: keys or hashes are not the ones that were committed"
     if astray := sorted({row["tar"] for row in rows} - {tar_name(shard, split) for split in info.tars}):
         yield f"{index}: samples in {astray[0]}, which was not committed"
     for split, tar_bytes in info.tars.items():
         name = tar_name(shard, split)
-        yield from _verify_tar(store, name, tar_bytes, [row for row in rows if row["tar"] == name])
+        yield from _verify_tar(check, name, tar_bytes, [row for row in rows if row["tar"] == name])
 
 
-def _verify_tar(store: Store, name: str, tar_bytes: int, rows: list[dict[str, Any]]) -> Iterator[str]:
+def _verify_tar(check: _Check, name: str, tar_bytes: int, rows: list[dict[str, Any]]) -> Iterator[str]:
+    store = check.store
     entry, where = store.stat(name), store.where(name)
     if entry is None:
         yield f"{where}: missing, though its index counts it"
         return
     if entry.size_bytes != tar_bytes:
         yield f"{where}: {entry.size_bytes} bytes; {tar_bytes} were committed"
-    with store.open(name) as tar:
+    with open_member(store, name) as tar:
         for row in rows:
             if _hash_range(tar, row["offset"], row["size"]) != row["sha256"]:
                 yield f"{where}: the bytes of sample {row['key']} are not the ones that were committed"
+            elif check.meta.kind == "tokens":
+                yield from (f"{where}: {text}" for text in _verify_codes(check.meta, tar, row))
+            else:
+                yield from (f"{where}: {text}" for text in _verify_counts(check, tar, row))
             if not _says(tar, row):
                 yield f"{where}: the JSON of sample {row['key']} does not say what its index says"
         yield from (f"{where}: {text}" for text in _verify_layout(tar, rows))
+
+
+def _verify_codes(meta: DatasetMeta, tar: IO[bytes], row: dict[str, Any]) -> Iterator[str]:
+    try:
+        codes = np.frombuffer(os.pread(tar.fileno(), row["size"], row["offset"]), "<u2")
+        check_codes(codes, codebook_size(meta), f"sample {row['key']}")
+    except (DatasetError, ValueError) as error:
+        yield str(error)
+
+
+def _verify_counts(check: _Check, tar: IO[bytes], row: dict[str, Any]) -> Iterator[str]:
+    """What the index says of a clip against its bytes, which are the ones that were committed."""
+    stated = row.get("num_packets")
+    is_old = check.meta.schema_version == 3
+    if stated is None and not is_old and not check.deep:
+        return
+    try:
+        with open_bytes(os.pread(tar.fileno(), row["size"], row["offset"])) as clip:
+            if is_old:  # it said what should have been there
+                found = count_packets(clip, check.limits)
+                if found < row["num_frames"]:
+                    yield (
+                        f"clip {row['key']} of {row['source']} is short: it holds {found} pictures of the {row['num_frames']} that its "
+                        "index says"
+                    )
+            elif stated is not None and (found := count_packets(clip, check.limits)) != stated:
+                yield f"sample {row['key']} holds {found} packets; its index says num_packets = {stated}"
+            if check.deep and (found := count_frames(clip, check.limits)) != row["num_frames"]:
+                yield f"sample {row['key']} shows {found} frames; its index says num_frames = {row['num_frames']}"
+    except BadVideo as bad:
+        yield f"sample {row['key']} cannot be counted: {bad}"
 
 
 def _verify_rows(index: str, shard: int, rows: list[dict[str, Any]], info: ShardInfo, seen: _Seen) -> Iterator[str]:
@@ -196,11 +264,12 @@ def _verify_rows(index: str, shard: int, rows: list[dict[str, Any]], info: Shard
         seen.add(shard, video_id, split)
 
 
-def _verify_embeddings(store: Store, shard: int, info: ShardInfo, seen: _Seen) -> Iterator[str]:
+def _verify_embeddings(check: _Check, shard: int, info: ShardInfo) -> Iterator[str]:
     """A shard that is its index file alone."""
+    store, seen = check.store, check.seen
     yield from _verify_rejects(store, shard, info)
     index = store.where(index_name(shard))
-    table = parse_parquet(store.read(index_name(shard)))
+    table = parse_parquet(read_member(store, index_name(shard)))
     vectors, rows = vectors_of(table), table.drop_columns(["embedding"]).to_pylist()
     yield from _verify_rows(index, shard, rows, info, seen)
     if digest_rows(rows) != info.content:
@@ -303,19 +372,15 @@ def _verify_totals(store: Store, meta: DatasetMeta, contents: list[str]) -> Iter
             yield f"{store.where(name)}: not the tars of split {split}; run the command that writes the dataset again"
 
 
-def repair(place: Place, problems: list[Problem]) -> list[int]:
-    """Drop the shards that `problems` name, so that the job that wrote the dataset makes them again; their numbers.
+def shards_at_fault(place: Place, problems: list[Problem]) -> list[int]:
+    """The shards that `problems` name, which the job that wrote the dataset can make again.
 
     Raises:
         ConfigError: a problem is no shard's, and would stay.
     """
-    store = Store.at(place)
     shards = sorted({problem.shard for problem in problems if problem.shard is not None})
     if not shards:
-        raise ConfigError(f"{store}: no shard is at fault, so there is none to make again; see the problems above")
-    for shard in shards:
-        store.remove(index_name(shard))  # first, so that the shard no longer counts
-        for split in SPLITS:
-            store.remove(tar_name(shard, split))
-        store.remove(rejects_name(shard))
+        raise ConfigError(
+            f"{Store.at(place)}: no shard is at fault, so there is none to make again; see the problems above"
+        )
     return shards

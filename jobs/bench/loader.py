@@ -209,7 +209,7 @@ def _describe(num_shards: int) -> DatasetMeta:
         parent_fingerprint="",
         inputs_digest="",
         num_shards=num_shards,
-        extra={},
+        extra={"tokenizer": {"fingerprint": "b" * 32, "codebook_size": 2**16, "patch": 16}},
     )
 
 
@@ -267,7 +267,9 @@ def _make_index(folder: Path, config: BenchLoaderConfig) -> None:
         pq.write_table(pa.table(columns, schema=index_schema("tokens", info)), folder / index_name(shard))
         with (folder / tar_name(shard, "train")).open("wb") as file:
             file.truncate(info.tar_bytes)
-    totals = {"committed": config.index_rows, "content": digest_contents(contents)}
+    counts = dict.fromkeys(("videos", "frames", "payload_bytes", "tar_bytes", "hours"), 0)
+    books = Ledger(planned=config.index_rows, committed=config.index_rows).to_json()
+    totals = {**counts, **books, "content": digest_contents(contents)}
     write_meta(folder, dataclasses.replace(meta, totals=totals))
 
 

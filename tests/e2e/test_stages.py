@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 import webdataset
 
-from jobs import evaluate, shard, verify
+from jobs import evaluate, shard, tokenize, verify
 from jobs.config import load_config
 from jobs.data_job import RejectPolicy
 from jobs.evaluate import EvaluateConfig
@@ -19,10 +20,11 @@ from jobs.model_folder import load_model
 from jobs.pretrain import PretrainConfig, load_objective
 from jobs.shard import ShardConfig
 from jobs.verify import VerifyConfig
+from pipeline import ffmpeg
 from pipeline.dataset import read_index, read_meta, read_rejects
 from pipeline.errors import ConfigError
 from pipeline.storage import Store
-from tests.conftest import Stages, small_shard_config
+from tests.conftest import Stages, small_shard_config, small_tokenize_config
 from tests.corpora import make_broken_corpus, real_clips
 
 
@@ -89,6 +91,22 @@ def test_verify_passes_on_fresh_datasets_and_fails_on_a_flipped_byte(stages: Sta
     result = verify.run(VerifyConfig(dataset=str(copy)))
     assert result.status == "failed"
     assert row["key"] in result.figures["problems"][0]
+
+
+@pytest.mark.parametrize("job", ["shard", "tokenize"])
+def test_a_worker_with_another_ffmpeg_ends_the_job(
+    job: str, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's is made another one: each worker has this machine's. It is no fault of a video, so there is no reject."""
+    own = ffmpeg.identity()
+    monkeypatch.setattr(ffmpeg, "identity", lambda: "ffmpeg 99")
+    with pytest.raises(ConfigError, match=rf"has {re.escape(own)}; the job that makes this dataset has ffmpeg 99, and"):
+        if job == "shard":
+            shard.run(small_shard_config(stages.corpus, tmp_path / "out"))
+        else:
+            tokenize.run(small_tokenize_config(stages.clips, tmp_path / "out", stages.tokenizer))
+    assert read_meta(tmp_path / "out").decoder == "ffmpeg 99"
+    assert not list((tmp_path / "out" / "index").iterdir())
 
 
 def test_a_finished_job_run_again_changes_nothing(stages: Stages) -> None:

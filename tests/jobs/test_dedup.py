@@ -38,7 +38,8 @@ SAMPLES: dict[str, tuple[np.ndarray, str]] = {
 
 def make_dataset(folder: Path, samples: dict[str, tuple[np.ndarray, str]], num_shards: int = 3) -> Path:
     meta = create_or_resume(
-        folder, describe(num_shards=num_shards, extra={"tokenizer": {"codebook_size": CODEBOOK_SIZE}})
+        folder,
+        describe(num_shards=num_shards, extra={"tokenizer": {"fingerprint": "t", "codebook_size": CODEBOOK_SIZE}}),
     )
     for shard in range(num_shards):
         writer = open_writer(folder, shard)
@@ -76,7 +77,9 @@ def read_groups(folder: Path) -> dict[str, dict[str, Any]]:
 def test_views_of_a_clip_stay_or_go_together(tmp_path: Path) -> None:
     """A second view of a clip is no near-duplicate of the first, and goes where that goes."""
     clips = {key: codes for key, (codes, _) in SAMPLES.items() if key in ("a0", "a1", "b1")}
-    meta = create_or_resume(tmp_path, describe(extra={"tokenizer": {"codebook_size": CODEBOOK_SIZE}}))
+    meta = create_or_resume(
+        tmp_path, describe(extra={"tokenizer": {"fingerprint": "t", "codebook_size": CODEBOOK_SIZE}})
+    )
     writer = open_writer(tmp_path)
     for key, codes in sorted(clips.items()):
         for view in ("128c", "128cf"):

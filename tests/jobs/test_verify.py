@@ -135,14 +135,39 @@ def test_a_tokenizer_in_an_object_store(stages: Stages) -> None:
     np.testing.assert_array_equal(*codes)
 
 
+def test_nothing_is_deleted_that_cannot_be_made(stages: Stages, tmp_path: Path) -> None:
+    """The clips are not at hand: one bad byte must not cost its shard."""
+    tokens = copy_tokens(stages, tmp_path)
+    plain = json.loads((tokens / "config.json").read_text())
+    (tokens / "config.json").write_text(json.dumps({**plain, "clips": str(tmp_path / "gone")}))
+    tar = tokens / read_index(tokens)["tar"][0].as_py()
+    data = bytearray(tar.read_bytes())
+    data[read_index(tokens)["offset"][0].as_py()] ^= 1
+    tar.write_bytes(data)
+    before = files_of(tokens)
+    with pytest.raises(ConfigError, match="gone is not a dataset"):
+        verify.run(VerifyConfig(dataset=str(tokens), repair=True))
+    assert files_of(tokens) == before
+    (tokens / "config.json").write_text(json.dumps({**plain, "clips": str(stages.clips)}))
+    result = verify.run(VerifyConfig(dataset=str(tokens), repair=True))
+    assert (result.status, result.figures["repaired_shards"]) == ("done", [0])
+    assert tar.read_bytes() == (stages.tokens / tar.relative_to(tokens)).read_bytes()
+
+
 class TestWhatItNeeds:
     def test_tokens(self, stages: Stages) -> None:
         with pytest.raises(ConfigError, match="holds clips; only tokens can be encoded again"):
             verify.run(VerifyConfig(dataset=str(stages.clips), re_encode=0.5))
 
-    def test_their_clips(self, stages: Stages, tmp_path: Path) -> None:
+    def test_their_clips(self, stages: Stages, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         copy = shutil.copytree(stages.tokens, tmp_path / "tokens")  # alone
-        assert verify.run(VerifyConfig(dataset=str(copy))).status == "done"
+        result = verify.run(VerifyConfig(dataset=str(copy)))
+        assert (result.status, result.figures["parent_checked"]) == ("done", 0)
+        assert f"{copy}: whether its shards are stale was left out" in caplog.text and "--parent" in caplog.text
+        result = verify.run(VerifyConfig(dataset=str(copy), parent=str(stages.clips)))
+        assert (result.status, result.figures["parent_checked"]) == ("done", 1)
+        with pytest.raises(ConfigError, match="holds tokens; clips were expected"):
+            verify.run(VerifyConfig(dataset=str(copy), parent=str(stages.tokens)))
         with pytest.raises(ConfigError, match=f"needs the clips .* dataset {read_meta(stages.clips).fingerprint}"):
             verify.run(VerifyConfig(dataset=str(copy), re_encode=0.5))
 

@@ -28,7 +28,9 @@ def describe(kind: str = "tokens", num_shards: int = 1, **changes: Any) -> Datas
         "parent_fingerprint": "p" * 32,
         "inputs_digest": "i" * 32,
         "num_shards": num_shards,
-        "extra": {},
+        "extra": {"tokenizer": {"fingerprint": "t" * 32, "codebook_size": 2**16, "patch": 16}}
+        if kind == "tokens"
+        else {},
     }
     return DatasetMeta(**{**values, **changes})
 

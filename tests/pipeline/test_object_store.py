@@ -21,7 +21,7 @@ from pipeline.ledger import Ledger
 from pipeline.schema import Reject
 from pipeline.shards import read_payload, tar_name
 from pipeline.storage import Store
-from pipeline.verify import repair, verify
+from pipeline.verify import shards_at_fault, verify
 from tests.object_server import Fault, ObjectServer, serve_objects
 from tests.pipeline.datasets import add_codes, describe, make_codes, make_row, open_writer
 
@@ -396,8 +396,8 @@ class TestDataset:
         problems = list(verify(out))
         assert {problem.shard for problem in problems} == {1}
         assert all(f"s3://{bucket}/tokens/shards/train-000001.tar" in problem.text for problem in problems)
-        assert repair(out, problems) == [1]
-        assert list(committed_shards(out, meta.fingerprint)) == [0]
+        assert shards_at_fault(out, problems) == [1]
+        assert list(committed_shards(out, meta.fingerprint, without=[1])) == [0]
         write_shard(out, 1, (2,))
         finish(out, meta, Ledger())
         assert list(verify(out)) == [] and server.objects(bucket) == before

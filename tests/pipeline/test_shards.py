@@ -126,6 +126,26 @@ class TestRoundTrip:
             bytes([n])[: n > 0] for n in range(6)
         ]
 
+    def test_a_shard_made_again_loses_nothing(self, folder: Path) -> None:
+        """A repair on a day when a disk is away: the shard that is there stays, whatever is wrong with it."""
+        writer = open_writer(folder)
+        for n in range(2):
+            add_codes(writer, make_row(f"{n}-0"), make_codes(n, 3))
+        writer.commit(2, [])
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        reject = Reject(path="a.mp4", stage="shard", reject_class="unreadable", reason="gone for a moment")
+        writer = open_writer(folder)
+        add_codes(writer, make_row("0-0"), make_codes(0, 3))
+        with pytest.raises(
+            DatasetError, match=r"made again with 1 samples; .* counts 2, and stays.*a\.mp4: unreadable: gone"
+        ):
+            writer.commit(2, [reject])
+        writer.abort()
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        writer = open_writer(folder)
+        add_codes(writer, make_row("0-0"), make_codes(0, 3))
+        assert writer.commit(2, [reject], parent_content="another parent").ledger.committed == 1
+
     def test_a_split_that_is_gone(self, folder: Path) -> None:
         """A shard that is made again leaves no tar of a split that it has no more."""
         for split in ("val", "train"):
@@ -447,7 +467,7 @@ class TestShardInfo:
             writer = open_writer(folder)
             for key, data in samples:
                 writer.add(make_row(key), "bin", data)
-            return writer.commit(len(samples), []).content
+            return writer.commit(len(samples), [], parent_content=str(samples)).content
 
         samples = [(f"{n}-0", b"%d" % n) for n in range(3)]
         before = content(samples)

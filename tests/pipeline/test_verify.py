@@ -21,7 +21,7 @@ from pipeline.ledger import Ledger
 from pipeline.schema import Reject
 from pipeline.shards import read_payload, write_rejects
 from pipeline.storage import Store
-from pipeline.verify import Problem, repair, verify
+from pipeline.verify import Problem, shards_at_fault, verify
 from tests.pipeline.datasets import add_codes, describe, make_codes, make_row, make_token_dataset, open_writer
 
 REJECT = Reject(path="bad.mp4", stage="shard", reject_class="corrupt", reason="cut off")
@@ -82,11 +82,10 @@ def find(folder: Path, *expected: tuple[str, int | None]) -> list[Problem]:
 
 
 def heal(folder: Path, before: dict[str, bytes], *shards: int) -> None:
-    """Repair drops just `shards`; the job that wrote them makes the same dataset again."""
-    assert repair(folder, list(verify(folder))) == list(shards)
-    counted = committed_shards(folder, "f" * 32)
-    assert sorted(counted) == sorted(set(SHARDS) - set(shards))
-    for shard in set(SHARDS) - set(counted):
+    """Just `shards` are at fault; the job that wrote them makes the same dataset again."""
+    assert shards_at_fault(folder, list(verify(folder))) == list(shards)
+    assert set(committed_shards(folder, "f" * 32, without=shards)) == set(SHARDS) - set(shards)
+    for shard in shards:
         write_shard(folder, shard)
     finish(folder, read_meta(folder), PLAN_BOOKS)
     assert list(verify(folder)) == [] and contents(folder) == before
@@ -230,7 +229,27 @@ class TestFiles:
             folder, ("shards/train-000002.tar: no index counts it", None), ("rejects/000002.parquet: no index", None)
         )
         with pytest.raises(ConfigError, match="no shard is at fault"):
-            repair(folder, found)
+            shards_at_fault(folder, found)
+
+    def test_what_is_no_file_of_the_dataset(self, folder: Path, tmp_path: Path) -> None:
+        """A folder, a pipe, and links out of the dataset are named; a link within it is as good as its file."""
+        (folder / "shards" / "more").mkdir()
+        os.mkfifo(folder / "index" / "000005.parquet")
+        secret = tmp_path / "secret"
+        shutil.copytree(folder / "rejects", secret)
+        shutil.rmtree(folder / "rejects")
+        (folder / "rejects").symlink_to(secret)
+        shutil.move(folder / "shards" / "train-000001.tar", secret / "train.tar")
+        (folder / "shards" / "train-000001.tar").symlink_to(secret / "train.tar")
+        (folder / "shards" / "val-000001.tar").rename(folder / "val.tar")
+        (folder / "shards" / "val-000001.tar").symlink_to(folder / "val.tar")
+        found = [problem.text for problem in verify(folder)]
+        for words in (
+            "shards/more: a folder", "index/000005.parquet: neither a file nor a folder", "rejects: a link out of the dataset",
+            f"shards/train-000001.tar: a link out of the dataset, to {secret}/train.tar",
+        ):  # fmt: skip
+            assert any(words in text for text in found), (words, found)
+        assert len([text for text in found if "a link out of" in text and "val" in text]) == 0
 
     def test_foreign_index(self, folder: Path, tmp_path: Path) -> None:
         before = contents(folder)
@@ -248,10 +267,11 @@ class TestFiles:
         for path in list(folder.glob("*/*000001.*")):
             shutil.copy(path, path.with_name(path.name.replace("000001", "000007")))
         find(
-            folder, ("shard 000007 is foreign, the plan has 2", 7), ("the files say", None), ("a duplicate", None),
+            folder, ("shard 000007 is foreign, the plan has 2 shards; delete index/000007.parquet", None), ("the files say", None), ("a duplicate", None),
             ("index/000007.parquet: of shard 000001, which was put in its place", 7), ("its shards are not those", None),
         )  # fmt: skip
-        assert repair(folder, list(verify(folder))) == [7]
+        for path in folder.glob("*/*000007.*"):
+            path.unlink()
         assert list(verify(folder)) == [] and contents(folder) == before
 
     def test_stale_tokens(self, folder: Path, tmp_path: Path) -> None:
@@ -267,7 +287,7 @@ class TestFiles:
         assert list(verify(folder)) == []  # nobody can tell without the clips
         (problem,) = verify(folder, clips)
         assert problem.shard == 1 and "shard 000001 is stale" in problem.text and str(clips) in problem.text
-        assert repair(folder, [problem]) == [1]
+        assert shards_at_fault(folder, [problem]) == [1]
         write_shard(folder, 1, content)
         assert list(verify(folder, clips)) == []
         assert contents(folder).keys() == before.keys()
@@ -321,7 +341,7 @@ class TestClashes:
         folder = self.make(tmp_path / "d", (0, "abc-0", "train"), (1, "abc-1", "train"), (1, "b-0", "train"))
         found = find(folder, ("video 0000000000000abc stands in shard 000000 and in 000001: a duplicate", None))
         with pytest.raises(ConfigError, match="no shard is at fault"):
-            repair(folder, found)
+            shards_at_fault(folder, found)
 
     @pytest.mark.parametrize(("shard", "splits"), [(0, ("train", "val")), (1, ("train", "val")), (1, ("val", "test"))])
     def test_a_video_in_two_splits(self, tmp_path: Path, shard: int, splits: tuple[str, str]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs import verify as jobs_verify
+from jobs.verify import VerifyConfig
 from pipeline import schema
 from pipeline.dataset import create_or_resume, read_index, read_meta
 from pipeline.decode import FrameConfig
@@ -18,6 +20,7 @@ from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.schema import CLIP_SCHEMA, TOKEN_SCHEMA, fingerprint
 from pipeline.shards import read_payload, read_shard_columns, read_shard_rows
 from pipeline.storage import Store
+from pipeline.verify import verify
 
 DATA = Path(__file__).parents[1] / "data" / "version3"
 
@@ -84,3 +87,40 @@ def test_identities_of_runs_models_and_caches_are_those_of_the_release_before():
     assert schema.identify_dataset(kind="clips", inputs="i", config={}) != fingerprint(
         kind="clips", inputs="i", config={}
     )
+
+
+def test_verify_names_the_short_clips(version3):
+    """Low timescale, remuxed: most pictures of these clips are missing, and their index did not say so."""
+    short = [row["key"] for row in read_index(version3 / "clips").to_pylist() if row["source"] == "low.mp4"]
+    found = [problem.text for problem in verify(version3 / "clips")]
+    assert len(found) == len(short) == 3
+    for key, text, frames in zip(short, found, (27, 30, 25), strict=True):
+        assert f"clip {key} of low.mp4 is short: it holds 10 pictures of the {frames}" in text
+    assert list(verify(version3 / "tokens", version3 / "clips")) == []
+
+
+@pytest.mark.parametrize("kind", ["clips", "tokens"])
+def test_repair_refuses_and_names_the_command(version3, kind):
+    tar = version3 / kind / "shards" / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    before = {path: path.read_bytes() for path in version3.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"schema version 3.*Make the dataset anew in another folder.*--config"):
+        jobs_verify.run(VerifyConfig(dataset=str(version3 / kind), repair=True))
+    assert {path: path.read_bytes() for path in version3.rglob("*") if path.is_file()} == before
+
+
+def test_shards_that_were_exchanged_are_found(version3):
+    """Format 3 does not say which shard an index is of; the digest over all of them does."""
+    folder = make_two_shards(version3 / "clips")
+    assert "its shards are not those that dataset.json sums up" in " ".join(one.text for one in verify(folder))
+
+
+def make_two_shards(folder: Path) -> Path:
+    """The dataset with its one shard twice, which `dataset.json` does not sum up."""
+    for path in list(folder.glob("*/000000.*")):
+        shutil.copy(path, path.with_name(path.name.replace("000000", "000001")))
+    path = folder / "dataset.json"
+    path.write_text(path.read_text().replace('"num_shards": 1', '"num_shards": 2'))
+    return folder
