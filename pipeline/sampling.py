@@ -11,7 +11,9 @@ _TOLERANCE_US = 1000
 """Matroska and FLV round times to milliseconds: a frame that begins this much after an instant counts as there."""
 
 
-def sampling_filters(fps: float, start_s: float = 0.0, pick: Pick = "shown", short: bool = False) -> str:
+def sampling_filters(
+    fps: float, start_s: float = 0.0, pick: Pick = "shown", short: bool = False, from_zero: bool = False
+) -> str:
     """Filters after which frame k is the picture at `start_s + k / fps`, counted from the first frame; its time is k / fps.
 
     `shown` gives the picture that a player has on screen then: the last frame that begins by `start_s + k / fps` + 1 ms, for
@@ -20,6 +22,7 @@ def sampling_filters(fps: float, start_s: float = 0.0, pick: Pick = "shown", sho
 
     Args:
         short: the video lasts less than one interval from `start_s` on, where `nearest` alone might give no frame.
+        from_zero: times count from 0, not from the first frame, which may begin a little later.
     """
     if pick == "nearest" and not start_s:
         return f"fps={fps:.10g}:eof_action={'pass' if short else 'round'}"
@@ -27,4 +30,4 @@ def sampling_filters(fps: float, start_s: float = 0.0, pick: Pick = "shown", sho
     earlier_us = round(start_s * 1e6) + (_TOLERANCE_US if pick == "shown" else 0)
     rounding = "up:eof_action=pass" if pick == "shown" else f"near:eof_action={'pass' if short else 'round'}"
     # From time 0 on, whatever began before it: the picture that is on screen at the start may have begun long ago.
-    return f"settb=1/1000000,setpts=PTS-STARTPTS-{earlier_us},fps={fps:.10g}:start_time=0:round={rounding}"
+    return f"settb=1/1000000,setpts=PTS{'' if from_zero else '-STARTPTS'}-{earlier_us},fps={fps:.10g}:start_time=0:round={rounding}"

@@ -97,7 +97,7 @@ def transcode_span(
     graph = [f"[0:V:0]{whole}{',split=2[picture][look]' if watch else '[picture]'}"]
     if watch:
         graph += [f"[look]{constant_rate(info)}[looked]", watch.graph("looked")]
-    rate = [sampling_filters(config.fps)] if config.fps else []
+    rate = [sampling_filters(config.fps, from_zero=True)] if config.fps else []
     graph += [f"[picture]{','.join([*rate, *scaling(info, config, display)])}[video]"]
     sound = audio and info.audio_codec
     if sound:

@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.clips import ClipConfig
+from pipeline.cutting import cut_video
 from pipeline.decode import FrameConfig, decode_frames
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import probe
-from tests.numbered import encode, read
+from pipeline.sharding import ShardSettings
+from pipeline.transcode import TranscodeConfig
+from tests.numbered import encode, read, show
 
 LIMITS = FfmpegLimits()
 _SUFFIXES = {"mp4": ("-c:v", "libx264", "-bf", "0"), "mkv": ("-c:v", "libx264", "-bf", "2"), "nut": ("-c:v", "ffv1")}
@@ -85,3 +89,20 @@ def test_nearest_is_what_ffmpeg_does_by_itself(tmp_path: Path) -> None:
     assert shown(path, fps=2, pick="nearest") == by_itself
     assert shown(path, fps=2) == [0, 12, 25, 37, 50, 62, 75, 87]
     assert by_itself != shown(path, fps=2)
+
+
+@pytest.mark.parametrize("mode", ["whole", "window", "shots"])
+def test_a_transcoded_clip_of_another_rate_shows_the_same(tmp_path: Path, mode: str) -> None:
+    path = encode(tmp_path / "c.mp4", range(50), "-c:v", "libx264", "-qp", "18")
+    settings = ShardSettings(
+        storage="transcode",
+        clips=ClipConfig(mode=mode, window_s=1.0, cut_threshold=0.99),  # type: ignore[arg-type]
+        transcode=TranscodeConfig(fps=5),
+    )
+    seen: list[int | None] = []
+    with path.open("rb") as source:
+        for cut in cut_video(source, probe(source, LIMITS), None, settings):
+            assert cut.clip is not None, cut.error
+            (tmp_path / "clip.mp4").write_bytes(cut.clip.read())
+            seen += show(tmp_path / "clip.mp4")
+    assert seen == list(range(0, 50, 5))
