@@ -46,7 +46,25 @@ def load_config(path: Path, kind: type[T]) -> T:
         plain = read_object(path)
     except DamagedRun as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from error
-    return from_plain(plain, kind, str(path))
+    return from_plain(_renew(plain), kind, str(path))
+
+
+_LEFT_OPEN = {
+    "root": "",
+    **dict.fromkeys(("stride_s", "shard_bytes", "fps", "num_encoders", "layer", "stride_frames"), 0),
+}
+"""Options to what they said for None in a `config.json` of the release that wrote format 3; no such value is allowed now."""
+
+
+def _renew(plain: Any) -> Any:
+    """A config of that release as one of this."""
+    if not isinstance(plain, dict):
+        return plain
+    renamed = {"stride_frames" if name == "stride" else name: value for name, value in plain.items()}
+    return {
+        name: None if name in _LEFT_OPEN and value == _LEFT_OPEN[name] else _renew(value)
+        for name, value in renamed.items()
+    }
 
 
 def from_plain(plain: dict[str, Any], kind: type[T], where: str) -> T:

@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 
 from jobs import verify as jobs_verify
+from jobs.config import load_config
+from jobs.shard import ShardConfig
+from jobs.token_origin import settings_of
 from jobs.verify import VerifyConfig
 from pipeline import schema
+from pipeline.clips import ClipConfig
 from pipeline.dataset import create_or_resume, read_index, read_meta
 from pipeline.decode import FrameConfig
 from pipeline.errors import ConfigError
 from pipeline.frames import FrameLoader, FrameLoaderConfig
 from pipeline.loader import CacheConfig, LoaderConfig, TokenLoader
 from pipeline.schema import CLIP_SCHEMA, TOKEN_SCHEMA, fingerprint
+from pipeline.sharding import ShardSettings
 from pipeline.shards import read_payload, read_shard_columns, read_shard_rows
 from pipeline.storage import Store
+from pipeline.tokenizing import TokenizeSettings
 from pipeline.verify import verify
 
 DATA = Path(__file__).parents[1] / "data" / "version3"
@@ -124,3 +130,13 @@ def make_two_shards(folder: Path) -> Path:
     path = folder / "dataset.json"
     path.write_text(path.read_text().replace('"num_shards": 1', '"num_shards": 2'))
     return folder
+
+
+def test_the_command_that_makes_it_anew_is_taken(version3):
+    """Its config.json says 0 and "" for what is left to tokenreel; these are no values any more."""
+    config = load_config(version3 / "clips" / "config.json", ShardConfig)
+    assert config == ShardConfig(corpus="corpus", out="clips", settings=config.settings)
+    assert config.settings == ShardSettings(
+        clips=ClipConfig(mode="window", window_s=1.0), storage="remux", videos_per_shard=3, val_fraction=0.35
+    )
+    assert settings_of(read_meta(version3 / "tokens")) == TokenizeSettings(frames=FrameConfig(fps=5.0, size_px=32))
