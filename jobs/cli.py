@@ -161,6 +161,7 @@ def run(argv: list[str]) -> int:
     try:
         if name not in _JOBS:
             raise ConfigError(f"no job {name!r}; allowed: {', '.join(_JOBS)}. See tokenreel --help")
+        _check_names(rest)
         result = _run_job(name, rest)
         stopping.begin_ending()
     except BaseException as error:
@@ -183,10 +184,30 @@ def _explain(name: str, error: BaseException) -> JobResult:
         return _failure(name, "failed", f"stopped by {by}; run the same command again to resume")
     if isinstance(error, ConfigError):
         return _failure(name, "usage", str(error))
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return _failure(name, "usage", _name_trouble(error))
     if isinstance(error, TokenreelError | FileNotFoundError | PermissionError):
         return _failure(name, "failed", str(error))
     log.error("%s failed", name, exc_info=error)
     return _failure(name, "failed", f"{type(error).__name__}: {error}")
+
+
+def _check_names(words: list[str]) -> None:
+    """Refuse a name that is no text here: Arrow, Ray and MLflow cannot write it down."""
+    try:
+        for word in (str(Path.cwd()), *words):
+            word.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(_name_trouble(error)) from error
+
+
+def _name_trouble(error: UnicodeEncodeError) -> str:
+    if (encoding := sys.getfilesystemencoding()) == "utf-8":
+        return f"{error.object!a}: not a name in UTF-8; rename it"
+    return (
+        f"{error.object!a}: here Python reads names as {encoding}; set PYTHONUTF8=1, or a locale such as "
+        "LC_ALL=C.UTF-8, and run the same command again"
+    )
 
 
 def _say(name: str, stop: stopping.Stopped) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.mlflow_store import digest_text
+from jobs.spool import clean_name
 
+_METRICS_A_CALL = 1000
 _MODEL_FILES = ("config.json", "model.safetensors")
 """What makes a model another one. The files that MLflow writes beside them hold a new UUID and time after each export."""
 
@@ -60,6 +62,25 @@ def register(
         )
     client.set_registered_model_alias(name, alias, version.version)
     known[f"{name}@{alias}"] = digest
+
+
+def note_verdict(client: Any, run_id: str, spool: dict[str, Any], description: str) -> None:
+    """Put a run's final numbers on the versions of its own model or, of an evaluation, on the evaluated run and its versions."""
+    from mlflow.entities import Metric
+
+    ending, is_evaluation = spool["ending"], spool["tags"]["tokenreel.job"] == "evaluate"
+    prefix = "evaluate/" if is_evaluation else ""
+    numbers = {clean_name(f"{prefix}{name}"): float(value) for name, value in ending["summary"].items()}
+    evaluated = [one["run_id"] for one in spool["inputs"] if one["context"] == "model" and one["run_id"]]
+    for run in evaluated if is_evaluation else [run_id]:
+        if is_evaluation:
+            metrics = [Metric(name, value, ending["time_ms"], 0) for name, value in numbers.items()]
+            client.log_batch(run, metrics=metrics[:_METRICS_A_CALL])
+        for version in client.search_model_versions(f"run_id = '{run}'"):
+            for name, value in numbers.items():
+                client.set_model_version_tag(version.name, version.version, name, f"{value:.6g}")
+            if not is_evaluation:
+                client.update_model_version(version.name, version.version, description)
 
 
 def digest_model(folder: Path) -> str:

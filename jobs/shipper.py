@@ -10,15 +10,15 @@ import logging
 import math
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from jobs.description import describe, origin_tags
 from jobs.journal import JOURNAL_NAME, parse_row
+from jobs.lineage import to_inputs
 from jobs.mlflow_store import digest_text, open_client, probe_store, redact_uri
-from jobs.registry import register
+from jobs.registry import note_verdict, register
 from jobs.spool import MAX_TAG, SPOOL_NAME, STATE_NAME, clean_name, read_json, write_json
 from pipeline.errors import TokenreelError
 
@@ -30,7 +30,6 @@ _WARN_EVERY_S = 60.0
 _READ_BYTES = 4 << 20
 _METRICS_A_CALL = 1000
 _PAIRS_A_CALL = 100
-_MAX_INPUT_TAG = 500
 _NOTE = "mlflow.note.content"
 
 
@@ -238,28 +237,9 @@ class Shipper:
         self._save_state()
 
     def _ship_inputs(self, spool: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, InputTag
-        from mlflow.entities import DatasetInput as MlflowInput
-
         if (digest := digest_text(spool["inputs"])) == self._state["inputs"]:
             return
-        inputs = []
-        for one in spool["inputs"]:
-            scheme = urllib.parse.urlsplit(one["uri"]).scheme
-            key = "url" if scheme in ("http", "https") else "uri"
-            dataset = Dataset(
-                name=one["name"][:500] or "dataset",
-                digest=one["fingerprint"][:36],
-                source_type=scheme if scheme in ("s3", "gs", "http", "https") else "local",
-                source=json.dumps({key: one["uri"]}),  # credentials in it were refused when it was opened
-                profile=json.dumps(one["totals"]) if one["totals"] else None,
-            )
-            tags = {
-                "mlflow.data.context": one["context"],
-                "tokenreel.parent_fingerprint": one["parent_fingerprint"],
-                "tokenreel.parent_run_id": one["run_id"],
-            }
-            inputs.append(MlflowInput(dataset, [InputTag(k, v[:_MAX_INPUT_TAG]) for k, v in tags.items() if v]))
+        inputs = list(to_inputs(spool["inputs"]))
         if inputs:
             self._send("inputs", self._client.log_inputs, self.run_id, inputs)
         self._state["inputs"] = digest
@@ -342,25 +322,9 @@ class Shipper:
 
     def _ship_verdict(self, spool: dict[str, Any]) -> None:
         """Put an ending's numbers on the versions of the run's own model, and those of an evaluation on its model's run."""
-        from mlflow.entities import Metric
-
-        ending = spool["ending"]
-        if (digest := digest_text([ending, spool["models"]])) == self._state["verdict"]:
+        if (digest := digest_text([spool["ending"], spool["models"]])) == self._state["verdict"]:
             return
-        is_evaluation = spool["tags"]["tokenreel.job"] == "evaluate"
-        runs = [
-            one["run_id"] for one in spool["inputs"] if is_evaluation and one["context"] == "model" and one["run_id"]
-        ]
-        for run_id in runs:
-            metrics = [Metric(f"evaluate/{k}", float(v), ending["time_ms"], 0) for k, v in ending["summary"].items()]
-            self._send("evaluation", self._client.log_batch, run_id, metrics=metrics[:_METRICS_A_CALL])
-        for run_id in runs if is_evaluation else [self.run_id]:
-            for version in self._client.search_model_versions(f"run_id = '{run_id}'"):
-                for key, value in ending["summary"].items():
-                    name = clean_name(f"evaluate/{key}" if is_evaluation else key)
-                    self._client.set_model_version_tag(version.name, version.version, name, f"{float(value):.6g}")
-                if not is_evaluation:
-                    self._client.update_model_version(version.name, version.version, self._state["note"])
+        note_verdict(self._client, self._state["run_id"], spool, self._state["note"])
         self._state["verdict"] = digest
         self._save_state()
 

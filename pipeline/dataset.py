@@ -147,6 +147,10 @@ def read_meta(place: Place, *, kind: str | None = None, complete: bool = False) 
     try:
         data = parse_object(read_member(store, _META, MAX_JSON_BYTES), store.where(_META))
     except (FileNotFoundError, NotADirectoryError):
+        if store.is_local and not store.path().exists():
+            raise ConfigError(
+                f"{store} is not a dataset: there is no such folder; give the OUT of the command that made it"
+            ) from None
         raise ConfigError(f"{store} is not a dataset: it has no {_META}") from None
     _check_meta(data, store.where(_META))
     meta = DatasetMeta(**data)

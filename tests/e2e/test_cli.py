@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,18 +54,36 @@ def test_help_is_broken_into_lines_by_the_terminal_alone(
         (["shard", ".", "out", "--storage", "zip"], ["zip", "copy", "transcode"]),
         (["shard", ".", "out", "--no-such-option", "3"], ["--no-such-option"]),
         (["shard", ".", "out", "--clips.mode", "window"], ["storage = copy", "transcode"]),
-        (["tokenize", "nowhere", "out", "--tokenizer", "t"], ["nowhere", "dataset.json"]),
+        (["tokenize", "nowhere", "out", "--tokenizer", "t"], ["nowhere", "no such folder", "OUT"]),
+        (["train-tokenizer", "nowhere", "out"], ["nowhere", "no such folder", "OUT"]),
+        (["pretrain", "debug", "--tokens", "nowhere", "--out", "o"], ["nowhere", "no such folder", "OUT"]),
+        (["verify", "."], ["dataset.json"]),
+        (["verify", b"caf\xe9"], ["caf\\udce9", "not a name in UTF-8; rename it"]),
         (["pretrain", "no-such-recipe"], ["no-such-recipe", "debug"]),
         (["pretrain", "debug", "--tokens", "nowhere", "--out", "o", "--optim.lr", "-1"], ["lr", "-1"]),
         (["no-such-job"], ["no-such-job", "pretrain"]),
     ],
 )
-def test_bad_usage_exits_with_2_and_says_what_is_allowed(words: list[str], expected: list[str], tmp_path: Path) -> None:
-    result = run_command(*words, cwd=tmp_path, expect=2)
+def test_bad_usage_exits_with_2_and_says_what_is_allowed(words: list, expected: list[str], tmp_path: Path) -> None:
+    result = run_command(*map(os.fsdecode, words), cwd=tmp_path, expect=2)
     assert result["status"] == "usage"
     for word in expected:
         assert word in result["error"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_locale_that_cannot_name_a_dataset_is_what_is_wrong(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its index was called no index of ours, to be deleted."""
+    named = shutil.copytree(stages.clips, tmp_path / "clips 日本")
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for words, cwd in ((["verify", named], tmp_path), (["verify", "."], named)):
+        error = run_command(*words, cwd=cwd, expect=2)["error"]
+        assert "PYTHONUTF8=1" in error and "delete" not in error
+    monkeypatch.delenv("PYTHONUTF8")
+    assert run_command("verify", named, cwd=tmp_path)["status"] == "done", "Python's own choice for LC_ALL=C is UTF-8"
 
 
 def test_more_rejects_than_allowed_exit_with_3(cluster: str, corpus: Path, tmp_path: Path) -> None:
@@ -113,8 +132,6 @@ def test_folders_of_the_users_own_with_our_packages_names_do_no_harm(
 
 
 def test_a_damaged_dataset_exits_with_1(stages: Stages, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(stages.clips, tmp_path / "clips")
     next(iter((copy / "shards").glob("*.tar"))).unlink()
     assert run_command("verify", copy, cwd=tmp_path, expect=1)["status"] == "failed"
