@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -35,8 +36,16 @@ class CacheFull(TokenreelError):
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/tokenreel`, or `~/.cache/tokenreel`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenreel"
+    """`$XDG_CACHE_HOME/tokenreel`, or `~/.cache/tokenreel`; one of this user's under the folder for temporary files where that
+    cannot be written, as for users without a home."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenreel"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # the latter where nobody knows the home
+        pass
+    return Path(tempfile.gettempdir()) / f"tokenreel-{os.geteuid()}"
 
 
 class NodeCache:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -200,8 +201,12 @@ def test_a_folder_that_cannot_be_or_is_not_ours(tmp_path: Path, monkeypatch: pyt
         NodeCache(tmp_path / "cache", 1)
 
 
-def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/tokenreel")
+def test_a_home_that_cannot_be_written_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "tokenreel"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == Path.home() / ".cache/tokenreel"
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    assert default_folder() == tmp_path / f"tokenreel-{os.geteuid()}"
+    NodeCache(default_folder(), 1)
