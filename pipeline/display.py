@@ -167,7 +167,8 @@ def tone_mapping(picture: Picture, config: DisplayConfig, pixel_format: str) -> 
     curve = f"tonemap=mobius:param={KNEE}:peak={PEAK_NITS / WHITE_NITS:.9f}:desat=0"
     is_rgb = pixel_format.startswith("gbr")
     to_video = f"zscale=t=bt709:m={'gbr' if is_rgb else 'bt709'}:r={'pc' if is_rgb else 'tv'}:agamma=0"
-    return [to_linear, "format=gbrpf32", curve, to_video, f"format={pixel_format}"]
+    # Not subsampled: a scaled frame may have an odd side.
+    return ["format=yuv444p16|gbrp16", to_linear, "format=gbrpf32", curve, to_video, f"format={pixel_format}"]
 
 
 def color_conversion(picture: Picture) -> str:
