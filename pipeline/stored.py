@@ -28,7 +28,8 @@ def count_frames(clip: IO[bytes], limits: FfmpegLimits) -> int:
 def _count(clip: IO[bytes], what: str, limits: FfmpegLimits) -> int:
     words = ["-select_streams", "V:0", f"-count_{what}", "-show_entries", f"stream=nb_read_{what}", "-of", "csv=p=0"]
     command = ["ffprobe", "-v", "error", *_without_threads(ffmpeg.input_words(limits)), *words, ffmpeg.source_url(clip)]
-    said = ffmpeg.run(command, clip, limits, _MAX_OUTPUT_BYTES).decode().strip().strip(",")
+    lines = ffmpeg.run(command, clip, limits, _MAX_OUTPUT_BYTES).decode().split()
+    said = lines[0].strip(",") if lines else ""  # a stream of a program (MPEG-TS) is listed twice
     if not said.isdecimal():
         raise BadVideo("corrupt", f"ffprobe counts no {what} in it: {said[:80]!r}")
     return int(said)
