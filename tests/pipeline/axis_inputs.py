@@ -165,13 +165,16 @@ def make_video(spec: VideoSpec, folder: Path) -> Path:
     if copied:
         command = ["-ss", f"{_TRIMMED_FRAMES * FRAME_S:.3f}"] if spec.timing == "trimmed" else []
         command += ["-i", str(whole), "-map", "0", "-c", "copy", "-metadata:s:v:0", f"rotate={spec.rotation}"]
-        _ffmpeg([*command, *_timescale(spec), str(path)])
+        # Copied packets last one tick in some timescales, and with them the last frame.
+        lasts = ["-bsf:v", f"setts=pts=PTS:dts=DTS:duration={round(FRAME_S * int(_timescale(spec)[1]))}"]
+        _ffmpeg([*command, *_timescale(spec), *lasts, str(path)])
         whole.unlink()
     return path
 
 
 def _timescale(spec: VideoSpec) -> list[str]:
-    return ["-video_track_timescale", spec.container.partition("-")[2]] if spec.container in _MP4 else []
+    ticks = {"mov": 600, **{container: int(container.partition("-")[2]) for container in _MP4}}.get(spec.container)
+    return ["-video_track_timescale", str(ticks)] if ticks else []
 
 
 def _filters(spec: VideoSpec) -> list[str]:
