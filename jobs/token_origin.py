@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from jobs.config import from_plain
 from models.tokenizers.base import CONFIG_FILE, WEIGHTS_FILE, Precision, Tokenizer, load_tokenizer
 from pipeline.dataset import DatasetMeta, Place
-from pipeline.schema import Reject
+from pipeline.schema import SCHEMA_VERSION, Reject
 from pipeline.shards import read_shard_rows
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
@@ -26,7 +27,10 @@ TOKENIZER_FOLDER = "tokenizer"
 def settings_of(meta: DatasetMeta) -> TokenizeSettings:
     """The settings that are part of a token dataset's identity; limits, which are not, have their defaults."""
     plain = {name: value for name, value in meta.config.items() if name != "tokenizer"}
-    return from_plain(plain, TokenizeSettings, "dataset.json")
+    settings = from_plain(plain, TokenizeSettings, "dataset.json")
+    if meta.schema_version == SCHEMA_VERSION:
+        return settings
+    return replace(settings, frames=replace(settings.frames, pick="nearest"))  # format 3 knew no other rule
 
 
 @contextlib.contextmanager

@@ -139,4 +139,6 @@ def test_the_command_that_makes_it_anew_is_taken(version3):
     assert config.settings == ShardSettings(
         clips=ClipConfig(mode="window", window_s=1.0), storage="remux", videos_per_shard=3, val_fraction=0.35
     )
-    assert settings_of(read_meta(version3 / "tokens")) == TokenizeSettings(frames=FrameConfig(fps=5.0, size_px=32))
+    assert settings_of(read_meta(version3 / "tokens")) == TokenizeSettings(
+        frames=FrameConfig(fps=5.0, size_px=32, pick="nearest")
+    )
