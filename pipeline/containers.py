@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import BadVideo
+from pipeline.mp4 import MP4_CONTAINER
 from pipeline.probe import VideoInfo
-from pipeline.transcode import MP4, MP4_CONTAINER
+from pipeline.transcode import MP4
 
 # What the MP4 muxer takes and common players read; everything else goes to Matroska, which takes all.
 _MP4_VIDEO = ("h264", "hevc", "av1", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")

@@ -9,10 +9,9 @@ from typing import IO
 from pipeline.analysis import Analyzer
 from pipeline.clips import plan_clips
 from pipeline.cut import Cut, CutSettings, too_short
-from pipeline.decode import least_reach
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.internal import as_bad_video
-from pipeline.probe import VideoInfo
+from pipeline.probe import VideoInfo, least_reach
 from pipeline.quality import Scores, failed_threshold
 from pipeline.remux import remux_span
 from pipeline.schema import ClipSpan
@@ -109,16 +108,19 @@ def _cut_span(file: IO[bytes], info: VideoInfo, span: ClipSpan, settings: CutSet
 
 
 def _copy(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Cut:
+    if not info.is_first:
+        # Whoever decodes the clip takes the first video stream: a copy would show another.
+        return _remux(file, info, cut, settings, with_sound=True)
     scores = _score(file, info, cut, settings) if settings.quality.score else None
     file.seek(0)
     return replace(cut, info=info, ext=extension(info.container), scores=scores)
 
 
-def _remux(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Cut:
-    made = remux_span(file, info, cut.span, settings.limits, file.seek(0, 2), settings.audio)
+def _remux(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings, with_sound: bool = False) -> Cut:
+    made = remux_span(file, info, cut.span, settings.limits, file.seek(0, 2), with_sound or settings.audio)
     scores = cut.scores
     if settings.quality.score and scores is None:
-        scores = _score(made.file, info, replace(cut, span=made.span), settings)
+        scores = _score(made.file, made.info, replace(cut, span=made.span), settings, info)
     made.file.seek(0)
     return replace(cut, span=made.span, clip=made.file, info=made.info, ext=made.ext, scores=scores)
 
@@ -131,17 +133,19 @@ def _transcode(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings
     clip, stored = transcode_span(file, info, span, settings.transcode, settings.limits, settings.audio, watch, display)
     scores = watch.scores() if watch else None
     if _is_whole(span, info):
-        _require_reach(stored.duration_s, info)
+        _require_reach(stored.last_s + 1 / (settings.transcode.fps or info.fps), info)
     return replace(cut, clip=clip, info=stored, ext="mp4", scores=scores)
 
 
-def _score(file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings) -> Scores:
-    """Scores of a stored file, in a pass of its own, which checks a whole video on the way."""
+def _score(
+    file: IO[bytes], info: VideoInfo, cut: Cut, settings: CutSettings, source: VideoInfo | None = None
+) -> Scores:
+    """Scores of a stored file, in a pass of its own, which checks a whole video (`source`) on the way."""
     part = replace(info, duration_s=cut.span.duration_s)
     watched = watch_file(file, part, settings.clips.cut_threshold, settings.limits, settings.display)
     end_s = watched.num_frames / watched.rate_hz
-    if _is_whole(cut.planned, info):
-        _require_reach(end_s, info)
+    if _is_whole(cut.planned, source or info):
+        _require_reach(end_s, source or info)
     return watched.scores(ClipSpan(start_s=0.0, end_s=end_s))
 
 
@@ -150,7 +154,8 @@ def _is_whole(span: ClipSpan, info: VideoInfo) -> bool:
 
 
 def _require_reach(end_s: float, info: VideoInfo) -> None:
-    if end_s <= least_reach(info):
+    # Not by the stated duration: the last picture may stay on screen for long.
+    if end_s <= least_reach(info.last_s + 1 / info.fps, info.fps):
         raise BadVideo(
             "corrupt", f"states {info.duration_s:.3f} s, but its frames end at {end_s:.3f} s: cut off or damaged"
         )

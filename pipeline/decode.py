@@ -14,8 +14,8 @@ from pipeline import ffmpeg
 from pipeline.display import PLAIN, DisplayConfig, Picture, deinterlacing, tone_mapping
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
-from pipeline.packets import PacketTimes
-from pipeline.probe import VideoInfo
+from pipeline.packets import CopiedPackets
+from pipeline.probe import VideoInfo, least_reach
 from pipeline.sampling import PICKS, sampling_filters
 from pipeline.scoring import SCALE_FLAGS
 from pipeline.views import Crop
@@ -177,7 +177,7 @@ def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) 
     Raises:
         BadVideo: `corrupt`, or a limit was exceeded.
     """
-    start_s = least_reach(info)
+    start_s = least_reach(info.duration_s, info.fps)
     if info.decoded_at_s >= start_s:
         return
     try:
@@ -186,7 +186,7 @@ def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) 
     except BadVideo as bad:
         if bad.reject_class != "corrupt":
             raise
-    if not _has_frame(_open(source, limits), start_s, source, limits):
+    if not _has_frame(_open(source, info.stream, limits), start_s + info.start_s, source, limits):
         raise BadVideo(
             "corrupt",
             f"states {info.duration_s:.3f} s, but holds no frame from {start_s:.3f} s on: cut off or damaged",
@@ -196,27 +196,20 @@ def require_decodable(source: IO[bytes], info: VideoInfo, limits: FfmpegLimits) 
 def _reaches(source: IO[bytes], info: VideoInfo, start_s: float, limits: FfmpegLimits) -> bool:
     """Whether the last keyframe before `start_s` decodes, and a packet of that time or later is there."""
     # Frames in between are not decoded: there may be hundreds, and to trust each of them all would have to be.
-    seek = ["-skip_frame", "nokey", "-noaccurate_seek", "-ss", str(start_s), "-copyts", "-start_at_zero"]
-    times, picture = PacketTimes((info.duration_s + 1) * info.fps * 4), Pipe(16 * 16)
+    at_s, video = start_s + info.start_s, f"0:{info.stream}"
+    seek = ["-skip_frame", "nokey", "-noaccurate_seek", "-ss", f"{at_s - info.container_start_s:.9f}", "-copyts"]
+    times, picture = CopiedPackets((info.duration_s + 1) * info.fps * 4), Pipe(16 * 16)
     pixels = ["-frames:v", "1", "-vf", "scale=16:16", "-f", "rawvideo", "-pix_fmt", "gray", picture.url]
     command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *seek, "-i", ffmpeg.source_url(source)]
-    command += ["-map", "0:V:0", *pixels, "-map", "0:V:0", *times.output()]
+    command += ["-map", video, *pixels, "-map", video, *times.output()]
     with Process(command, [source], limits, pipes=[picture, times.pipe]) as process:
         for pipe, chunk in process.read():
             if pipe is times.pipe:
                 times.take(chunk)
-            if picture.size and times.count and times.end_s > start_s:
+            if picture.size and times.num_packets and times.end_s > at_s:
                 return True
         process.finish()
     return False
-
-
-def least_reach(info: VideoInfo) -> float:
-    """The time from which on a sound video has a frame: nine tenths of its stated duration, or two frames before its end.
-
-    The last of n frames starts at (n - 1) / n of the duration, which is before nine tenths in a short video.
-    """
-    return max(0.0, min(0.9 * info.duration_s, info.duration_s - 2 / info.fps))
 
 
 def open_bytes(data: bytes) -> IO[bytes]:
@@ -233,8 +226,8 @@ def _has_frame(stream: Any, start_s: float, source: IO[bytes], limits: FfmpegLim
     return bool(ffmpeg.run(_quiet(command), source, limits, max_output_bytes=16 * 16))
 
 
-def _open(source: IO[bytes], limits: FfmpegLimits) -> Any:
-    return ffmpeg_python.input(ffmpeg.source_url(source), **ffmpeg.input_options(limits))["V:0"]
+def _open(source: IO[bytes], stream: int, limits: FfmpegLimits) -> Any:
+    return ffmpeg_python.input(ffmpeg.source_url(source), copyts=None, **ffmpeg.input_options(limits))[str(stream)]
 
 
 def _quiet(command: list[str]) -> list[str]:

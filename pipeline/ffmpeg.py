@@ -124,6 +124,12 @@ def input_words(limits: FfmpegLimits) -> list[str]:
     return [word for name, value in input_options(limits).items() for word in (f"-{name}", str(value))]
 
 
+def probe_words(limits: FfmpegLimits) -> list[str]:
+    """`input_words` for ffprobe, which decodes next to nothing: it shall report a size that is then refused by name."""
+    named = input_options(limits).items()
+    return [word for name, value in named if name != "max_pixels" for word in (f"-{name}", str(value))]
+
+
 def start_words(start_s: float) -> list[str]:
     """Options of an input that put its time `start_s` at 0: a seek, which lands at a keyframe at or before it.
 

@@ -1,4 +1,4 @@
-"""What an MP4 file of our own making holds, read from its boxes: no process has to be started for it."""
+"""What the sample table of an MP4 or MOV file says, read from its boxes: no process has to be started for it."""
 
 from __future__ import annotations
 
@@ -7,40 +7,158 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-_HEADER_BYTES = 64 * 2**20
+import numpy as np
+
+MP4_CONTAINER = "mov,mp4,m4a,3gp,3g2,mj2"
+"""The name that ffprobe has for it."""
+_MAX_HEADER_BYTES = 256 * 2**20
+_MAX_BOXES = 2**16
+_UNTIMED_EDIT = -1
+_FULL_SPEED = 0x10000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Track:
-    """The video track: sizes in pixels, `num_frames` samples that last `duration_s` in all."""
+    """A video track. Of `num_packets` samples the edit list shows `num_frames`, for `duration_s` from `start_s` on.
+
+    width, height: in pixels, of the sample entry.
+    start_s: when the first shown picture begins.
+    last_s: how long after it the last one does.
+    """
 
     width: int
     height: int
+    num_packets: int
     num_frames: int
+    start_s: float
+    last_s: float
     duration_s: float
 
 
-def read_video_track(file: IO[bytes]) -> Track | None:
-    """The first video track of an MP4 that ffmpeg wrote for us with its index in front; None where it has no frame.
+class _Odd(Exception):
+    """The table is not of the plain kind that this module reads."""
 
-    Not for foreign files: `pipeline.probe` is.
+
+def read_video_track(file: IO[bytes], track_id: int | None = None) -> Track | None:
+    """A video track of an MP4 or MOV, own or foreign: the one numbered `track_id`, or else the only one.
+
+    None where there is no such track or none with frames, and where the table alone does not tell: fragmented files,
+    edit lists of several parts, damaged boxes. The caller then has to list the packets.
     """
-    file.seek(0)
-    moov = next((body for kind, body in _boxes(memoryview(file.read(_HEADER_BYTES))) if kind == b"moov"), None)
-    if moov is None:
+    try:
+        size_bytes = file.seek(0, 2)
+        moov = _read_header(file, size_bytes)
+        movie_scale = _scale(_find(moov, b"mvhd"))[0]
+        if any(kind == b"mvex" for kind, _ in _boxes(moov)):
+            raise _Odd
+        tracks = [body for kind, body in _boxes(moov) if kind == b"trak"]
+        videos = [track for track in tracks if _kind(track) == b"vide" and track_id in (None, _number(track))]
+        if len(videos) != 1:
+            raise _Odd
+        return _describe(videos[0], movie_scale, size_bytes)
+    except (_Odd, StopIteration, struct.error, ValueError, IndexError, OverflowError, ZeroDivisionError):
         return None
-    for trak in (body for kind, body in _boxes(moov) if kind == b"trak"):
-        if bytes(_find(trak, b"mdia", b"hdlr")[8:12]) != b"vide":
-            continue
-        # Of the sample entry: the track header's have the pixels' shape in them.
-        width, height = struct.unpack_from(">HH", _find(trak, b"mdia", b"minf", b"stbl", b"stsd"), 40)
-        mdhd = _find(trak, b"mdia", b"mdhd")
-        timescale, duration = struct.unpack_from(">IQ" if mdhd[0] else ">II", mdhd, 20 if mdhd[0] else 12)
-        _, num_frames = struct.unpack_from(">II", _find(trak, b"mdia", b"minf", b"stbl", b"stsz"), 4)
-        if not num_frames or not duration:
-            return None
-        return Track(width=width, height=height, num_frames=num_frames, duration_s=duration / timescale)
-    return None
+
+
+def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
+    table = [b"mdia", b"minf", b"stbl"]
+    width, height = struct.unpack_from(">HH", _find(track, *table, b"stsd"), 40)
+    scale, stated = _scale(_find(track, b"mdia", b"mdhd"))
+    count = int(struct.unpack_from(">II", _find(track, *table, b"stsz"), 4)[1])
+    if not 0 < count <= size_bytes:
+        raise _Odd
+    steps = _runs(_find(track, *table, b"stts"), ">u4", count)
+    begins = np.concatenate([[0], np.cumsum(steps)[:-1]])
+    if any(kind == b"ctts" for kind, _ in _boxes(_find(track, *table))):
+        begins = begins + _runs(_find(track, *table, b"ctts"), ">i4", count)  # negative ones are in version 0 too
+    delay_s, media_start, length_s = _edit(track, movie_scale)
+    shown = begins >= media_start
+    if length_s:
+        # In units of the movie, which may be coarse: a frame that begins within half of one of them is not cut off.
+        shown &= begins < media_start + (length_s + 0.5 / movie_scale) * scale
+    shown_begins, shown_steps = begins[shown], steps[shown]
+    num_frames = len(shown_begins)
+    if not num_frames or not stated:
+        raise _Odd
+    first = int(shown_begins.min())
+    length = stated if num_frames == count else int((shown_begins + shown_steps).max()) - first
+    start_s = delay_s + max(0, first - media_start) / scale
+    return Track(
+        width=width,
+        height=height,
+        num_packets=count,
+        num_frames=num_frames,
+        start_s=start_s,
+        last_s=(int(shown_begins.max()) - first) / scale,
+        duration_s=length / scale,
+    )
+
+
+def _edit(track: memoryview, movie_scale: int) -> tuple[float, int, float]:
+    """(seconds before the track, where it begins on its own axis, seconds of it that are shown; 0: all)."""
+    try:
+        table = _find(track, b"edts", b"elst")
+    except StopIteration:
+        return 0.0, 0, 0.0
+    count = struct.unpack_from(">I", table, 4)[0]
+    entry = ">Qqi" if table[0] else ">Iii"
+    size = struct.calcsize(entry)
+    if count * size > len(table):
+        raise _Odd
+    edits = [struct.unpack_from(entry, table, 8 + n * size) for n in range(count)]
+    delay = 0
+    while edits and edits[0][1] == _UNTIMED_EDIT:
+        delay += edits.pop(0)[0]
+    if len(edits) != 1 or edits[0][2] != _FULL_SPEED or edits[0][1] < 0:
+        raise _Odd
+    return delay / movie_scale, edits[0][1], edits[0][0] / movie_scale
+
+
+def _runs(table: memoryview, value_type: str, count: int) -> np.ndarray:
+    """The values (count,) int64 of a table of (how many, value) in runs."""
+    entries = struct.unpack_from(">I", table, 4)[0]
+    pairs = np.frombuffer(table[8 : 8 + 8 * entries], ">u4").reshape(-1, 2)
+    repeats = pairs[:, 0].astype(np.int64)
+    if len(pairs) != entries or int(repeats.sum()) != count or (repeats > count).any():
+        raise _Odd
+    return np.repeat(pairs[:, 1].astype(">u4").view(value_type).astype(np.int64), repeats)
+
+
+def _scale(header: memoryview) -> tuple[int, int]:
+    """(units a second, duration in them) of an mvhd or mdhd box."""
+    scale, duration = struct.unpack_from(">IQ" if header[0] else ">II", header, 20 if header[0] else 12)
+    return int(scale), int(duration)
+
+
+def _kind(track: memoryview) -> bytes:
+    return bytes(_find(track, b"mdia", b"hdlr")[8:12])
+
+
+def _number(track: memoryview) -> int:
+    header = _find(track, b"tkhd")
+    return int(struct.unpack_from(">I", header, 20 if header[0] else 12)[0])
+
+
+def _read_header(file: IO[bytes], size_bytes: int) -> memoryview:
+    """The body of the moov box, wherever it stands; the samples are skipped."""
+    at = 0
+    for _ in range(_MAX_BOXES):
+        file.seek(at)
+        head = file.read(16)
+        size, kind = struct.unpack_from(">I4s", head)
+        header_bytes = 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", head, 8)
+            header_bytes = 16
+        if kind == b"moof" or size < header_bytes or size > size_bytes - at:
+            raise _Odd
+        if kind == b"moov":
+            if size > _MAX_HEADER_BYTES:
+                raise _Odd
+            file.seek(at + header_bytes)
+            return memoryview(file.read(size - header_bytes))
+        at += size
+    raise _Odd
 
 
 def _find(box: memoryview, *path: bytes) -> memoryview:

@@ -1,4 +1,4 @@
-"""When a stream begins and ends by its packets, as ffmpeg lists them in its framecrc format."""
+"""When a stream begins and ends by its packets, as ffprobe lists them, or ffmpeg beside a copy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,63 @@ _MAX_LISTING_BYTES = 2**30
 _SEEK_LEADS_S = (3.0, 12.0, 60.0)
 """How much earlier to seek in MPEG-TS, one after the other, until a keyframe is found."""
 _ROUNDING_S = 1e-3
+_NO_TIME = -(2**63)
+"""What ffmpeg lists for a packet without a time."""
+_HIDDEN = 4
+"""The flag of a packet that is decoded for others alone."""
 
 
 class PacketTimes:
-    """What one listing says: `count` packets, shown in `[first_s, end_s)`. Memory does not grow with it.
+    """What one listing says of the packets of a stream. Memory does not grow with it.
+
+    Packets that the container hides (edit lists), and those shown before the first one, which lack what they are decoded
+    from, count as packets but not as frames.
+    """
+
+    def __init__(self) -> None:
+        self.num_packets = self.num_frames = self.num_untimed = 0
+        self.hidden_first = False
+        """Whether the container hides what comes first."""
+        self.is_timed = False
+        """Whether the first frame has a time of its own, not one that was guessed."""
+        self.first_s, self.end_s = 0.0, 0.0
+        """When the first frame begins, and the last one ends."""
+        self.last_s = 0.0
+        """When the last one begins."""
+        self.longest_leap_s, self.longest_return_s = 0.0, 0.0
+        """How far time moves from one packet to the next: ahead, and back."""
+        self._last_s: float | None = None
+
+    def add(self, pts_s: float | None, dts_s: float | None, duration_s: float, hidden: bool) -> None:
+        """Count one packet, in the order of decoding."""
+        begin_s = dts_s if pts_s is None else pts_s
+        self.num_packets += 1
+        self.num_untimed += begin_s is None
+        if dts_s is not None:
+            step_s = 0.0 if self._last_s is None else dts_s - self._last_s
+            self.longest_leap_s = max(self.longest_leap_s, step_s)
+            self.longest_return_s = max(self.longest_return_s, -step_s)
+            self._last_s = dts_s
+        if hidden or begin_s is None:
+            self.hidden_first |= hidden and not self.num_frames
+            return
+        if not self.num_frames:
+            self.first_s, self.end_s, self.is_timed = begin_s, begin_s + duration_s, pts_s is not None
+        self.num_frames += begin_s >= self.first_s
+        self.end_s = max(self.end_s, begin_s + duration_s)
+        self.last_s = begin_s if self.num_frames == 1 else max(self.last_s, begin_s)
+
+
+class CopiedPackets(PacketTimes):
+    """The packets that a command of ffmpeg copies, with the times that they have there.
 
     Args:
         max_packets: more than this is an endless or lying stream.
     """
 
     def __init__(self, max_packets: float) -> None:
+        super().__init__()
         self.pipe = Pipe(int(min(max_packets * _LINE_BYTES + 2**16, _MAX_LISTING_BYTES)))
-        self.count = 0
-        self._first = self._end = 0
         self._unit = Fraction(1)
         self._rest = b""
 
@@ -34,44 +78,61 @@ class PacketTimes:
         """The output's format and name; what to list is the caller's to map."""
         return ["-c", "copy", "-f", "framecrc", self.pipe.url]
 
-    @property
-    def first_s(self) -> float:
-        return float(self._first * self._unit)
-
-    @property
-    def end_s(self) -> float:
-        return float(self._end * self._unit)
-
     def take(self, chunk: bytes) -> None:
-        """Read lines: `#tb 0: 1/1000`, then for each packet stream, dts, pts, duration, size, checksum."""
+        """Read lines: `#tb 0: 1/1000`, then for each packet stream, dts, pts, duration, size, checksum, flags."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"#tb 0:"):
                 self._unit = Fraction(line.split(b":")[1].strip().decode())
             elif not line.startswith(b"#"):
-                _, _, pts, duration = (int(word) for word in line.split(b",")[:4])
-                self._first = min(self._first, pts) if self.count else pts
-                self._end = max(self._end, pts + duration) if self.count else pts + duration
-                self.count += 1
+                words = line.split(b",")
+                dts_s, pts_s, duration_s = (
+                    None if int(word) == _NO_TIME else float(int(word) * self._unit) for word in words[1:4]
+                )
+                flags = next((int(word.split(b"=")[1], 16) for word in words[6:] if word.strip().startswith(b"F=")), 0)
+                self.add(pts_s, dts_s, duration_s or 0.0, bool(flags & _HIDDEN))
 
 
-def measure_duration(source: IO[bytes], limits: FfmpegLimits) -> float:
-    """Seconds from 0 to the end of the last packet of the first real video stream: one pass without decoding.
+def list_packets(source: IO[bytes], stream: int, limits: FfmpegLimits) -> PacketTimes:
+    """The packets of one stream of a whole file, with their times as they are stored: one pass without decoding.
+
+    Args:
+        stream: its number in the file.
 
     Raises:
         BadVideo: the file cannot be read, or a limit was exceeded.
     """
-    times = PacketTimes(limits.max_duration_s * 240)
-    command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-i", ffmpeg.source_url(source), "-map", "0:V:0"]
-    with Process([*command, *times.output()], [source], limits, pipes=[times.pipe]) as process:
+    times, rest = PacketTimes(), b""
+    output = Pipe(int(min(limits.max_duration_s * 240 * _LINE_BYTES, _MAX_LISTING_BYTES)))
+    # By ffprobe: ffmpeg mends times that go back, also in a copy.
+    show = ["-select_streams", f"{stream}", "-show_entries", "packet=pts_time,dts_time,duration_time,flags"]
+    command = [
+        "ffprobe",
+        "-v",
+        "error",
+        *ffmpeg.probe_words(limits),
+        *show,
+        "-of",
+        "csv=p=0",
+        ffmpeg.source_url(source),
+    ]
+    source.seek(0)
+    with Process(command, [source], limits, stdout=output) as process:
         for _, chunk in process.read():
-            times.take(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                words = line.split(b",")
+                if len(words) >= 4:  # side data has lines of its own
+                    pts_s, dts_s, duration_s = (None if word == b"N/A" else float(word) for word in words[:3])
+                    times.add(pts_s, dts_s, duration_s or 0.0, b"D" in words[3])
         process.finish()
-    return times.end_s
+    return times
 
 
-def find_lead(source: IO[bytes], container: str, start_s: float, limits: FfmpegLimits) -> float:
-    """How many seconds before `start_s` to seek, so that every frame from there on can be decoded; `start_s`: read it all.
+def find_lead(
+    source: IO[bytes], container: str, stream: int, start_s: float, first_s: float, limits: FfmpegLimits
+) -> float:
+    """How many seconds before `start_s` to seek, so that every frame from there on can be decoded; all: read it all.
 
     0 but for containers without an index, where a seek may land after the last keyframe before its time, and all frames up
     to the next one would be lost. In MPEG-TS a process looks for that keyframe, earlier and earlier. MPEG-PS is read from
@@ -79,22 +140,25 @@ def find_lead(source: IO[bytes], container: str, start_s: float, limits: FfmpegL
 
     Args:
         container: ffprobe's name for it.
+        stream: number of the video stream in the file.
+        start_s, first_s: timestamps of the instant, and of what comes first in the file.
 
     Raises:
         BadVideo: a limit was exceeded.
     """
     if container == "mpegts":
         for lead_s in _SEEK_LEADS_S:
-            if lead_s < start_s and _finds_keyframe(source, start_s - lead_s, start_s, limits):
+            seek_s = start_s - lead_s - first_s
+            if seek_s > 0 and _finds_keyframe(source, stream, seek_s, start_s, limits):
                 return lead_s
-    return start_s if container in ("mpegts", "mpeg") else 0.0
+    return start_s - first_s if container in ("mpegts", "mpeg") else 0.0
 
 
-def _finds_keyframe(source: IO[bytes], seek_s: float, until_s: float, limits: FfmpegLimits) -> bool:
-    """Whether the first keyframe that a seek to `seek_s` finds is shown at `until_s` or before."""
-    times = PacketTimes(1)
-    command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *ffmpeg.start_words(seek_s)]
-    command += ["-i", ffmpeg.source_url(source), "-map", "0:V:0", "-frames:v", "1", *times.output()]
+def _finds_keyframe(source: IO[bytes], stream: int, seek_s: float, until_s: float, limits: FfmpegLimits) -> bool:
+    """Whether the first keyframe that a seek to `seek_s` finds has a timestamp of `until_s` or before."""
+    times = CopiedPackets(1)
+    command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-copyts", "-ss", f"{seek_s:.9f}"]
+    command += ["-i", ffmpeg.source_url(source), "-map", f"0:{stream}", "-frames:v", "1", *times.output()]
     try:
         with Process(command, [source], limits, pipes=[times.pipe]) as process:
             for _, chunk in process.read():
@@ -104,4 +168,4 @@ def _finds_keyframe(source: IO[bytes], seek_s: float, until_s: float, limits: Ff
         if bad.reject_class != "corrupt":
             raise
         return False
-    return times.count > 0 and seek_s + times.first_s <= until_s + _ROUNDING_S
+    return times.num_packets > 0 and times.first_s <= until_s + _ROUNDING_S

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import IO, Any
 
 from pipeline import ffmpeg
 from pipeline.display import Picture, read_picture, shown_size
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
-from pipeline.packets import measure_duration
+from pipeline.mp4 import MP4_CONTAINER, read_video_track
+from pipeline.packets import PacketTimes, list_packets
 
 _LAST_PACKETS = 3
 """Of all streams, read from the last keyframe on: sound may stand before the picture, and each frame costs its decoding."""
 _LEAST_SIDE_PX = 3
 """A transcoded clip needs an even side, the score of sharpness three rows and columns."""
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
+_FIRST_PACKETS = 12
+"""Enough that the decoder gives its first frame, whatever it holds back."""
+_JOINED = ("mpegts", "mpeg", "ogg")
+"""Containers in which ffmpeg takes a leap of time for a seam, and closes it."""
+_JOINED_GAP_S, _JOINED_RETURN_S = 10.0, 0.1
+"""From these on it does."""
+_MAX_RETURN_S = 1.0
+_RATE_TOLERANCE = 0.1
+_MOST_UNTIMED = 0.1
+"""Share of the packets; ffmpeg guesses the times of a few."""
+_MAX_PACKETS = 2**31 - 1
+_MAX_NUMBER = 1e12
+_MAX_START_S = 100 * 365 * 24 * 3600.0
+"""Some cameras stamp pictures with the time of day, or of the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """What the container says of its first real video stream. Sizes are as displayed, upright and in square pixels."""
+    """What a file says of the video stream that is used. Sizes are as displayed, upright and in square pixels.
+
+    Times of a video count from when its first picture is shown: `start_s` is that instant in the file's own timestamps.
+    """
 
     container: str
     codec: str
@@ -36,10 +54,32 @@ class VideoInfo:
     picture: Picture = field(default_factory=Picture)
     decoded_at_s: float = -1.0
     """Time of the last keyframe, where a seek to the end found one and it could be decoded; -1 where not."""
+    stream: int = 0
+    """Number of the stream in the file."""
+    is_first: bool = True
+    """Whether it is the first video stream that is no cover, which is what programs take that do not choose."""
+    unit_hz: int = 0
+    """Times a second that the stream can tell apart."""
+    reorders: bool = False
+    """Whether frames are stored in another order than they are shown in."""
+    audio_hz: int = 0
+    """Samples a second of the first audio stream."""
+    start_s: float = 0.0
+    """Timestamp of the first shown picture."""
+    container_start_s: float = 0.0
+    """Timestamp of what comes first in the file, sound or picture; ffmpeg counts from it where it seeks."""
+    last_s: float = 0.0
+    """How long after it the last one begins; it may stay on screen for long."""
+    num_packets: int = 0
+    """Packets of the stream, measured."""
+    num_frames: int = 0
+    """Packets of the stream that are shown: those that an edit list hides are no frames."""
 
 
 def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
     """Metadata of an open video file.
+
+    Of several video streams the one that is marked as the default is used, else the longest; covers are none.
 
     Raises:
         BadVideo: `empty`, `not-video`, `no-video-stream`, `corrupt` or `too-large`.
@@ -51,23 +91,101 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
     videos = [s for s in _of_type(streams, "video") if not s.get("disposition", {}).get("attached_pic")]
     if not videos:
         raise BadVideo("no-video-stream", f"container {_container(report)} holds no video stream")
-    audio = next((str(s.get("codec_name", "unknown")) for s in _of_type(streams, "audio")), "")
-    info = replace(_info(report, videos[0]), audio_codec=audio, decoded_at_s=_decoded_at(report, videos[0]))
-    # A live recording says nothing, and a container alone speaks for its sound too, which may last longer.
-    if not _own_duration(videos[0]) and (audio or not info.duration_s):
-        info = replace(info, duration_s=measure_duration(source, limits))
-    return _check(info, limits)
+    video = _choose(videos)
+    audio = next(iter(_of_type(streams, "audio")), {})
+    info = replace(
+        _info(report, video),
+        audio_codec=str(audio.get("codec_name", "unknown")) if audio else "",
+        audio_hz=int(_number(audio.get("sample_rate"))),
+        decoded_at_s=_decoded_at(report, video),
+        is_first=video is videos[0],
+    )
+    _check_size(info, report, limits)
+    return _check_times(_measure(source, info, report, video, limits), limits)
+
+
+def _choose(videos: list[dict[str, Any]]) -> dict[str, Any]:
+    defaults = [stream for stream in videos if stream.get("disposition", {}).get("default")]
+    if len(defaults) == 1:
+        return defaults[0]
+    return max(defaults or videos, key=_own_duration)  # the first of those that are equally long
+
+
+def _measure(
+    source: IO[bytes], info: VideoInfo, report: dict[str, Any], video: dict[str, Any], limits: FfmpegLimits
+) -> VideoInfo:
+    """`info` with what its packets say, by the sample table of an MP4, and by a list of the packets of all else."""
+    start_s = _number(video.get("start_time"))
+    info = replace(info, container_start_s=_number(report.get("format", {}).get("start_time")))
+    if info.container == MP4_CONTAINER:
+        track = read_video_track(source, _track_id(video))
+        if track:
+            measured = replace(info, num_packets=track.num_packets, num_frames=track.num_frames, start_s=start_s)
+            measured = replace(measured, last_s=track.last_s)
+            return replace(measured, duration_s=_own_duration(video) or track.duration_s)
+    times = list_packets(source, info.stream, limits)
+    if times.num_untimed > _MOST_UNTIMED * times.num_packets:
+        raise BadVideo("corrupt", f"{times.num_untimed} of {times.num_packets} packets have no time")
+    if not times.num_frames:
+        raise BadVideo("corrupt", f"the {info.codec} stream holds no packet with a time")
+    _check_steps(times, info)
+    duration_s = round(times.end_s - times.first_s, 6)
+    # A container alone speaks for its sound too, which may last longer.
+    stated_s = _own_duration(video) or (0.0 if info.audio_codec else info.duration_s)
+    if duration_s <= least_reach(stated_s, info.fps):
+        raise BadVideo(
+            "corrupt", f"states {stated_s:.3f} s, but its packets end at {duration_s:.3f} s: cut off or damaged"
+        )
+    if times.is_timed:
+        start_s = times.first_s
+    if info.container == "avi":
+        # It numbers packets and has no times of frames, which come later by as many as are stored out of order.
+        start_s = _first_frame_s(report, video, start_s)
+    return replace(
+        info,
+        duration_s=duration_s,
+        fps=_plausible_rate(info.fps, times.num_frames, duration_s),
+        num_packets=times.num_packets,
+        num_frames=times.num_frames,
+        start_s=start_s,
+        last_s=times.last_s - times.first_s,
+    )
+
+
+def _check_steps(times: PacketTimes, info: VideoInfo) -> None:
+    """Refuse a video whose times leap: ffmpeg closes such a gap where it reads through it, and not where it seeks."""
+    joins = info.container in _JOINED
+    if times.longest_return_s > (_JOINED_RETURN_S if joins else _MAX_RETURN_S):
+        leap = f"go back by {times.longest_return_s:.3f} s"
+    elif joins and times.longest_leap_s > _JOINED_GAP_S:
+        leap = f"leap ahead by {times.longest_leap_s:.3f} s"
+    else:
+        return
+    raise BadVideo(
+        "corrupt",
+        f"its timestamps {leap}, as in recordings that were joined; give them one run of times first, such as by "
+        "ffmpeg -i IN -c copy OUT.mkv",
+    )
+
+
+def _plausible_rate(stated: float, num_frames: int, duration_s: float) -> float:
+    """The stated rate, which is exact in most files; the measured one where that is far from it."""
+    measured = num_frames / duration_s if duration_s > 0 else 0.0
+    return stated if abs(stated - measured) <= _RATE_TOLERANCE * measured else measured
 
 
 def _report(source: IO[bytes], limits: FfmpegLimits) -> dict[str, Any]:
     """What ffprobe says of the file and of its end; of the file alone, where a seek to its end fails."""
     # Beyond every end, so that the last keyframe comes: one process says what the file is, and that it is all there.
+    source.seek(0)
+    is_avi = source.read(12)[8:] == b"AVI "
+    start = f"%+#{_FIRST_PACKETS}," if is_avi else ""
     end = [
         "-read_intervals",
-        f"99999999%+#{_LAST_PACKETS}",
+        f"{start}99999999%+#{_LAST_PACKETS}",
         "-show_frames",
         "-show_entries",
-        "frame=stream_index,pts_time",
+        "frame=stream_index,pts_time,best_effort_timestamp_time,width,height",
     ]
     for options in (end, []):
         try:
@@ -83,23 +201,14 @@ def _report(source: IO[bytes], limits: FfmpegLimits) -> dict[str, Any]:
 
 def _command(source: IO[bytes], limits: FfmpegLimits, options: list[str]) -> list[str]:
     # ffmpeg-python's own probe() can neither pass a descriptor nor bound its time, hence the plain list.
-    # No max_pixels here: the probe decodes next to nothing, and it shall report the size that is then refused by name.
-    limited = [
-        word
-        for name, value in ffmpeg.input_options(limits).items()
-        if name != "max_pixels"
-        for word in (f"-{name}", str(value))
-    ]
     show = ["-show_format", "-show_streams", *options, "-of", "json"]
-    return ["ffprobe", "-v", "error", *limited, *show, ffmpeg.source_url(source)]
+    return ["ffprobe", "-v", "error", *ffmpeg.probe_words(limits), *show, ffmpeg.source_url(source)]
 
 
 def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
     width, height = shown_size(stream)
     fps = _rate(stream.get("avg_frame_rate")) or _rate(stream.get("r_frame_rate"))
     duration_s = _own_duration(stream) or _number(report.get("format", {}).get("duration"))
-    if not duration_s and fps:
-        duration_s = _number(stream.get("nb_frames")) / fps
     return VideoInfo(
         container=_container(report),
         codec=stream.get("codec_name", "unknown"),
@@ -108,21 +217,47 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
         fps=fps,
         duration_s=duration_s,
         picture=read_picture(stream),
+        stream=int(stream.get("index", 0)),
+        unit_hz=int(str(stream.get("time_base", "0/0")).partition("/")[2] or 0),
+        reorders=int(_number(stream.get("has_b_frames"))) > 0,
     )
 
 
 def _decoded_at(report: dict[str, Any], stream: dict[str, Any]) -> float:
-    frames = [frame for frame in report.get("frames", []) if frame.get("stream_index") == stream.get("index")]
-    times_s = [_number(frame.get("pts_time")) - _number(stream.get("start_time")) for frame in frames]
+    times_s = [_number(frame.get("pts_time")) - _number(stream.get("start_time")) for frame in _frames(report, stream)]
     return max(times_s, default=-1.0)
 
 
+def _first_frame_s(report: dict[str, Any], stream: dict[str, Any], default_s: float) -> float:
+    for frame in _frames(report, stream)[:1]:
+        return _number(frame.get("best_effort_timestamp_time"))
+    return default_s
+
+
+def _frames(report: dict[str, Any], stream: dict[str, Any]) -> list[dict[str, Any]]:
+    return [frame for frame in report.get("frames", []) if frame.get("stream_index") == stream.get("index")]
+
+
 def _own_duration(stream: dict[str, Any]) -> float:
-    # Not the container's: sound often lasts longer than the picture. Matroska has it as a tag.
-    return _number(stream.get("duration")) or _clock(stream.get("tags", {}).get("DURATION"))
+    # Not the container's: sound often lasts longer than the picture. Matroska has the end as a tag.
+    end_s = _clock(stream.get("tags", {}).get("DURATION"))
+    return _number(stream.get("duration")) or max(0.0, end_s - _number(stream.get("start_time")))
 
 
-def _check(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
+def _track_id(stream: dict[str, Any]) -> int | None:
+    text = str(stream.get("id", ""))
+    return int(text, 16) if re.fullmatch(r"0x[0-9a-f]{1,8}", text) else None
+
+
+def least_reach(duration_s: float, fps: float) -> float:
+    """The time from which on a sound video has a frame: nine tenths of its stated duration, or two frames before its end.
+
+    The last of n frames starts at (n - 1) / n of the duration, which is before nine tenths in a short video.
+    """
+    return max(0.0, min(0.9 * duration_s, duration_s - 2 / fps)) if fps > 0 else 0.0
+
+
+def _check_size(info: VideoInfo, report: dict[str, Any], limits: FfmpegLimits) -> None:
     if info.width * info.height > limits.max_pixels:
         raise BadVideo(
             "too-large", f"a frame of {info.width} x {info.height} pixels; at most {limits.max_pixels} are allowed"
@@ -133,10 +268,17 @@ def _check(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
         raise BadVideo(
             "corrupt", f"a frame of {info.width} x {info.height} pixels; a side must have at least {_LEAST_SIDE_PX}"
         )
-    if not info.duration_s > 0 or not info.fps > 0:
+
+
+def _check_times(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
+    if not 0 < info.duration_s < math.inf or not 0 < info.fps < math.inf:
         raise BadVideo("corrupt", f"the {info.codec} stream states a duration of {info.duration_s} s at {info.fps} fps")
     if info.duration_s > limits.max_duration_s:
         raise BadVideo("too-large", f"{info.duration_s:.0f} s long; at most {limits.max_duration_s:.0f} s are allowed")
+    if info.num_packets > _MAX_PACKETS:
+        raise BadVideo("too-large", f"{info.num_packets} packets; at most {_MAX_PACKETS} are allowed")
+    if max(abs(info.start_s), abs(info.container_start_s)) > _MAX_START_S:
+        raise BadVideo("corrupt", f"its first picture has the timestamp {info.start_s:g} s")
     return info
 
 
@@ -148,21 +290,22 @@ def _container(report: dict[str, Any]) -> str:
     return str(report.get("format", {}).get("format_name", "unknown"))
 
 
-def _rate(text: str | None) -> float:
-    numerator, _, denominator = (text or "0/0").partition("/")
-    if not float(denominator or 1):
-        return 0.0
-    return float(Fraction(int(numerator), int(denominator or 1)))
+def _rate(text: Any) -> float:
+    """Of "30000/1001"; 0 for anything that is no rate."""
+    match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", str(text), re.ASCII)
+    return int(match[1]) / int(match[2]) if match and int(match[2]) else 0.0
 
 
 def _clock(text: Any) -> float:
     """Seconds of "HH:MM:SS.fraction", 0 for anything else."""
-    match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", str(text), re.ASCII)
+    match = re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,18})?)", str(text), re.ASCII)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
 
 
 def _number(value: Any) -> float:
+    """A number as ffprobe writes it; 0 for none, and for one that no file can mean."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return 0.0
+    return number if abs(number) < _MAX_NUMBER else 0.0

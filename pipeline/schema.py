@@ -145,6 +145,7 @@ _COMMON = [
 CLIP_SCHEMA = pa.schema(
     [
         *_COMMON,
+        ("num_packets", pa.int32()),
         ("ext", pa.string()),
         ("codec", pa.string()),
         ("scan", pa.string()),

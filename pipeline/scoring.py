@@ -15,6 +15,7 @@ from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.probe import VideoInfo
 from pipeline.quality import Scores
 from pipeline.schema import ClipSpan
+from pipeline.timeline import at_rate
 
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+bitexact"
 """Exact rounding: the same pixels on every CPU, whatever SIMD it has."""
@@ -111,19 +112,15 @@ def watch_file(
         BadVideo: it cannot be decoded, or a limit was exceeded.
     """
     watch = Watch(info, info.duration_s, cut_threshold, display=display)
-    first = ",".join([constant_rate(info), *deinterlacing(info.picture, display)])
-    graph = f"[0:V:0]{first}[frames];{watch.graph('frames')}"
-    command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-i", ffmpeg.source_url(file), "-filter_complex", graph]
+    first = ",".join([at_rate(frame_rate(info), info.start_s), *deinterlacing(info.picture, display)])
+    graph = f"[0:{info.stream}]{first}[frames];{watch.graph('frames')}"
+    command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-copyts", "-i", ffmpeg.source_url(file)]
+    command += ["-filter_complex", graph]
     with Process([*command, *watch.outputs()], [file], limits, pipes=watch.pipes) as process:
         for pipe, chunk in process.read():
             watch.take(pipe, chunk)
         process.finish()
     return watch.finish()
-
-
-def constant_rate(info: VideoInfo) -> str:
-    """The filter that makes frame n stand at n / `frame_rate` seconds."""
-    return f"fps={frame_rate(info):.10g}:start_time=0"
 
 
 class _Pictures:

@@ -20,7 +20,8 @@ from pipeline.ffmpeg import Pipe, Process
 from pipeline.probe import VideoInfo
 from pipeline.sampling import sampling_filters
 from pipeline.schema import ClipSpan
-from pipeline.scoring import Watch, constant_rate, frame_rate
+from pipeline.scoring import Watch, frame_rate
+from pipeline.timeline import at_rate
 from pipeline.transcode import MP4, add_sound, describe_mp4, encoder_words, max_encoded_bytes, scaling, stored_size
 
 _WAITING_BYTES = 16 * 2**20
@@ -91,12 +92,19 @@ class _Stream:
 
     def _command(self) -> list[str]:
         settings, picture = self._settings, self._info.picture
-        first = ",".join([constant_rate(self._info), *deinterlacing(picture, settings.display)])
+        first = ",".join([at_rate(self._rate_hz, self._info.start_s), *deinterlacing(picture, settings.display)])
         scale = ",".join(scaling(self._info, settings.transcode, settings.display))
         graph = (
-            f"[0:V:0]{first},split=2[picture][look];{self._watch.graph('look')};[picture]{scale},format=yuv420p[video]"
+            f"[0:{self._info.stream}]{first},split=2[picture][look];{self._watch.graph('look')};"
+            f"[picture]{scale},format=yuv420p[video]"
         )
-        command = [*ffmpeg.command(), *ffmpeg.input_words(self._settings.limits), "-i", ffmpeg.source_url(self._file)]
+        command = [
+            *ffmpeg.command(),
+            *ffmpeg.input_words(self._settings.limits),
+            "-copyts",
+            "-i",
+            ffmpeg.source_url(self._file),
+        ]
         command += ["-filter_complex", graph, "-map", "[video]", "-f", "rawvideo", "-c:v", "rawvideo", "-threads", "1"]
         return [*command, self._frames.url, *self._watch.outputs()]
 

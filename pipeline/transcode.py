@@ -19,15 +19,12 @@ from pipeline.display import (
 )
 from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
-from pipeline.mp4 import read_video_track
-from pipeline.packets import find_lead
+from pipeline.mp4 import MP4_CONTAINER, read_video_track
 from pipeline.probe import VideoInfo
-from pipeline.sampling import sampling_filters
 from pipeline.schema import ClipSpan
-from pipeline.scoring import SCALE_FLAGS, Watch, constant_rate
+from pipeline.scoring import SCALE_FLAGS, Watch, frame_rate
+from pipeline.timeline import as_stored, at_rate, keep_times, open_at, sound
 
-MP4_CONTAINER = "mov,mp4,m4a,3gp,3g2,mj2"
-"""The name that ffprobe has for it."""
 MP4 = ("-f", "mp4", "-movflags", "+faststart", "-fflags", "+bitexact", "-map_metadata", "-1", "-map_chapters", "-1")
 """Output options: the index in front, and nothing that differs from run to run."""
 _AUDIO = ("-c:a", "aac", "-b:a", "128k", "-flags:a", "+bitexact")
@@ -92,21 +89,29 @@ def transcode_span(
         BadVideo: the span cannot be decoded, holds no frame, or a limit was exceeded.
     """
     bound = max_encoded_bytes(info, span.duration_s, config, limits)
-    lead_s = find_lead(file, info.container, span.start_s, limits)
-    whole = ",".join([_trim(span, lead_s), *deinterlacing(info.picture, display)])
-    graph = [f"[0:V:0]{whole}{',split=2[picture][look]' if watch else '[picture]'}"]
+    opened = open_at(file, info, span.start_s, limits)
+    # To the end, where the span reaches it: the stated end may come before the last frames.
+    until_s = None if span.end_s >= info.duration_s else span.duration_s
+    source, graph = f"0:{info.stream}", []
+    once = [*deinterlacing(info.picture, display), *(["split=2"] if watch else [])]
+    if once:
+        graph += [f"[{source}]{','.join(once)}[picture]{'[look]' if watch else ''}"]
+        source = "picture"
     if watch:
-        graph += [f"[look]{constant_rate(info)}[looked]", watch.graph("looked")]
-    rate = [sampling_filters(config.fps, from_zero=True)] if config.fps else []
-    graph += [f"[picture]{','.join([*rate, *scaling(info, config, display)])}[video]"]
-    sound = audio and info.audio_codec
-    if sound:
-        graph += [f"[0:a:0]{_sound(span, lead_s)}[sound]"]
+        graph += [f"[look]{at_rate(frame_rate(info), opened.shift_s, until_s)}[looked]", watch.graph("looked")]
+    if config.fps:
+        graph += [f"[{source}]{at_rate(config.fps, opened.shift_s, until_s)}[shown]"]
+    else:
+        graph += [as_stored(source, "shown", opened.shift_s, until_s, frame_rate(info))]
+    graph += [f"[shown]{','.join(scaling(info, config, display))}[video]"]
+    has_sound = audio and info.audio_codec
+    if has_sound:
+        graph += [f"[0:a:0]{sound(opened.shift_s, span.duration_s)}[sound]"]
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(ffmpeg.open_unnamed(bound))
-        command = [*ffmpeg.command(), *ffmpeg.input_words(limits), *ffmpeg.start_words(span.start_s - lead_s)]
-        command += ["-i", ffmpeg.source_url(file), "-filter_complex", ";".join(graph), "-map", "[video]"]
-        command += ["-map", "[sound]", *_AUDIO] if sound else []
+        command = [*ffmpeg.command(), *opened.words, "-filter_complex", ";".join(graph), "-map", "[video]"]
+        command += ["-map", "[sound]", *_AUDIO] if has_sound else []
+        command += [] if config.fps else keep_times(span.duration_s, config.codec, frame_rate(info))
         command += [*encoder_words(config), *MP4, ffmpeg.source_url(out)]
         pipes: list[Pipe] = []
         if watch:
@@ -118,7 +123,7 @@ def transcode_span(
                 watch.take(pipe, chunk)
             process.finish()
         stored = describe_mp4(
-            out, config.codec, "aac" if sound else "", transcoded(info.picture, display, config.codec)
+            out, config.codec, "aac" if has_sound else "", transcoded(info.picture, display, config.codec)
         )
         if stored is None:
             raise BadVideo("corrupt", f"no frame in [{span.start_s:g}, {span.end_s:g}) s could be decoded")
@@ -132,14 +137,19 @@ def add_sound(clip: IO[bytes], source: IO[bytes], info: VideoInfo, span: ClipSpa
     Args:
         info: the probe of `source`.
     """
-    lead_s = find_lead(source, info.container, span.start_s, limits)
+    opened = open_at(source, info, span.start_s, limits)
     clip_bytes = clip.seek(0, 2)
     bound = clip_bytes + 2**20 + int(2**16 * span.duration_s)
     out = ffmpeg.open_unnamed(bound)
-    command = [*ffmpeg.command(), "-i", ffmpeg.source_url(clip), *ffmpeg.input_words(limits)]
-    command += [*ffmpeg.start_words(span.start_s - lead_s), "-i", ffmpeg.source_url(source)]
+    command = [*ffmpeg.command(), "-i", ffmpeg.source_url(clip), *opened.words]
     command += ["-map", "0:v:0", "-c:v", "copy"]
-    command += ["-filter_complex", f"[1:a:0]{_sound(span, lead_s)}[sound]", "-map", "[sound]", *_AUDIO]
+    command += [
+        "-filter_complex",
+        f"[1:a:0]{sound(opened.shift_s, span.duration_s)}[sound]",
+        "-map",
+        "[sound]",
+        *_AUDIO,
+    ]
     command += [*MP4, ffmpeg.source_url(out)]
     try:
         with Process(command, [source, clip, out], limits, max_file_bytes=bound) as process:
@@ -148,19 +158,6 @@ def add_sound(clip: IO[bytes], source: IO[bytes], info: VideoInfo, span: ClipSpa
         out.close()
         raise
     return out
-
-
-def _trim(span: ClipSpan, lead_s: float, audio: bool = False) -> str:
-    """Filters from what is read `lead_s` before the span to the span alone, from 0 on."""
-    a = "a" if audio else ""
-    trim = f"{a}trim=start={lead_s:.9f}:end={lead_s + span.duration_s:.9f}"
-    # Not by -itsoffset, which does nothing from 10 s on: ffmpeg takes it for a break in these containers' times.
-    return f"{trim},{a}setpts=PTS-round({lead_s:.9f}/TB)" if lead_s else trim
-
-
-def _sound(span: ClipSpan, lead_s: float) -> str:
-    # From the first frame on, whatever is missing filled with silence, so that it stays in step.
-    return f"{_trim(span, lead_s, audio=True)},aresample=async=1:first_pts=0"
 
 
 def describe_mp4(out: IO[bytes], codec: str, audio_codec: str, picture: Picture) -> VideoInfo | None:
@@ -178,6 +175,10 @@ def describe_mp4(out: IO[bytes], codec: str, audio_codec: str, picture: Picture)
         duration_s=track.duration_s,
         audio_codec=audio_codec,
         picture=picture,
+        start_s=track.start_s,
+        last_s=track.last_s,
+        num_packets=track.num_packets,
+        num_frames=track.num_frames,
     )
 
 

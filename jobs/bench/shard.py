@@ -28,9 +28,10 @@ from pipeline.plan_file import read_plan_shards
 from pipeline.planning import plan_shards
 from pipeline.probe import probe
 from pipeline.quality import QualityConfig
-from pipeline.scoring import SCALE_FLAGS, Watch, constant_rate
+from pipeline.scoring import SCALE_FLAGS, Watch, frame_rate
 from pipeline.sharding import ShardSettings, describe_clips
 from pipeline.storage import Store
+from pipeline.timeline import at_rate
 from pipeline.transcode import TranscodeConfig, encoder_words
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def _bare_command(video: Path, out: Path, case: Case) -> list[str]:
         return [*words, *encoder_words(TranscodeConfig()), str(out)]
     with video.open("rb") as file:
         info = probe(file, FfmpegLimits())
-    graph = f"[0:V:0]{constant_rate(info)}[frames];{Watch(info, info.duration_s, 0.5).graph('frames')}"
+    graph = f"[0:{info.stream}]{at_rate(frame_rate(info), info.start_s)}[frames];{Watch(info, info.duration_s, 0.5).graph('frames')}"
     raw = ["-f", "rawvideo", os.devnull]
     return [*words, "-filter_complex", graph, "-map", "[thumbs]", *raw, "-map", "[squares]", *raw]
 

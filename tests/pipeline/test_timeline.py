@@ -1,0 +1,138 @@
+"""The time axis is what a player shows, in every container and storage mode; counts are those of the bytes written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.clips import ClipConfig
+from pipeline.counting import count_frames, count_packets
+from pipeline.cutting import cut_video
+from pipeline.errors import BadVideo
+from pipeline.ffmpeg import FfmpegLimits
+from pipeline.probe import VideoInfo, probe
+from pipeline.schema import ClipSpan
+from pipeline.sharding import ShardSettings
+from tests.numbered import encode, show
+
+LIMITS = FfmpegLimits()
+H264 = ("-c:v", "libx264", "-g", "25", "-bf", "2")
+Shown = tuple[ClipSpan, VideoInfo, list[int | None]]
+
+
+def look_at(path: Path) -> VideoInfo:
+    with path.open("rb") as file:
+        return probe(file, LIMITS)
+
+
+def clips_of(path: Path, folder: Path, storage: Any, window_s: float) -> list[Shown]:
+    """What each window shows, by plain ffmpeg; counts are compared with the bytes."""
+    settings = ShardSettings(storage=storage, clips=ClipConfig(mode="window", window_s=window_s))
+    found: list[Shown] = []
+    with path.open("rb") as file:
+        for cut in cut_video(file, probe(file, LIMITS), None, settings):
+            assert cut.error is None and cut.info and cut.clip
+            stored = folder / f"{storage}{len(found)}.{cut.ext}"
+            with stored.open("wb") as out:
+                shutil.copyfileobj(cut.clip, out)
+            with stored.open("rb") as clip:
+                assert count_packets(clip, LIMITS) == cut.info.num_packets
+                assert count_frames(clip, LIMITS) == cut.info.num_frames
+            found.append((cut.span, cut.info, show(stored)))
+    return found
+
+
+def ffmpeg(*words: object) -> None:
+    subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, words)], check=True)
+
+
+@pytest.mark.parametrize("timescale", [25, 600, 1000])
+def test_remux_keeps_every_frame_at_a_low_timescale(tmp_path: Path, timescale: int) -> None:
+    source = encode(tmp_path / "a.mkv", range(100), "-c:v", "libx264", "-g", "25", "-bf", "0")
+    path = tmp_path / "low.mp4"
+    ffmpeg("-i", source, "-c", "copy", "-video_track_timescale", timescale, path)
+    found = clips_of(path, tmp_path, "remux", 2)
+    assert [numbers for _, _, numbers in found] == [list(range(50)), list(range(50, 100))]
+    assert [(info.num_frames, info.num_packets) for _, info, _ in found] == [(50, 50)] * 2
+
+
+@pytest.mark.parametrize("storage", ["remux", "transcode"])
+def test_what_an_edit_hides_stays_hidden(tmp_path: Path, storage: str) -> None:
+    source = encode(tmp_path / "a.mp4", range(100), *H264)
+    path = tmp_path / "trimmed.mp4"
+    ffmpeg("-ss", "0.6", "-i", source, "-c", "copy", path)
+    assert show(path)[0] == 15
+    info = look_at(path)
+    assert (info.num_packets, info.num_frames) == (100, 85)
+    first, second = clips_of(path, tmp_path, storage, 2)
+    assert first[2][:50] == list(range(15, 65))
+    assert first[0].start_s == 0 and second[2][-1] == 99
+    assert second[2][0] == 15 + round(second[0].start_s * 25)
+
+
+@pytest.mark.parametrize("storage", ["remux", "transcode"])
+@pytest.mark.parametrize("suffix", ["ts", "mkv", "mp4"])
+def test_sound_that_leads_does_not_count(tmp_path: Path, suffix: str, storage: str) -> None:
+    picture = encode(tmp_path / "a.mp4", range(100), *H264)
+    path = tmp_path / f"late.{suffix}"
+    tone = ("-f", "lavfi", "-i", "sine=duration=5")
+    ffmpeg(*tone, "-itsoffset", "0.6", "-i", picture, "-map", 1, "-map", 0, "-c:v", "copy", "-c:a", "aac", path)
+    found = clips_of(path, tmp_path, storage, 2)
+    starts = [round(span.start_s * 25) for span, _, _ in found]  # a remux may begin earlier, and says so
+    assert starts[0] == 0 and starts[1] <= 50
+    assert [numbers for _, _, numbers in found] == [list(range(50)), list(range(starts[1], 100))]
+
+
+def test_a_picture_stands_until_the_next(tmp_path: Path) -> None:
+    """One picture from 1 s to 3 s."""
+    begins = "if(lt(N,25),N,N+50)/25/TB"
+    path = encode(tmp_path / "still.mp4", range(50), "-vf", f"setpts='{begins}'", "-fps_mode", "vfr", *H264, "-bf", "0")
+    found = clips_of(path, tmp_path, "transcode", 2)
+    assert [numbers for _, _, numbers in found] == [list(range(25)), [24, *range(25, 50)]]
+    assert [info.duration_s for _, info, _ in found] == pytest.approx([2, 2], abs=0.01)
+
+
+def test_the_default_stream_is_used(tmp_path: Path) -> None:
+    other = encode(tmp_path / "b.mp4", range(1000, 1050), *H264)
+    wanted = encode(tmp_path / "a.mp4", range(50), *H264)
+    path = tmp_path / "two.mp4"
+    which = ("-disposition:v:0", "0", "-disposition:v:1", "default")
+    ffmpeg("-i", other, "-i", wanted, "-map", 0, "-map", 1, "-c", "copy", *which, path)
+    assert look_at(path).stream == 1
+    for storage in ("remux", "transcode"):
+        assert clips_of(path, tmp_path, storage, 9)[0][2] == list(range(50))
+    with path.open("rb") as file:
+        (cut,) = cut_video(file, probe(file, LIMITS), None, ShardSettings())
+        assert cut.clip is not None  # a copy would show the other stream to whoever decodes it
+
+
+@pytest.mark.parametrize("offset_s", [0, 3600])
+def test_times_that_leap_are_refused(tmp_path: Path, offset_s: int) -> None:
+    parts = []
+    for number, start_s in enumerate((0, offset_s)):
+        picture = encode(tmp_path / f"{number}.mp4", range(25), *H264)
+        parts.append(tmp_path / f"{number}.ts")
+        ffmpeg("-i", picture, "-c", "copy", "-output_ts_offset", start_s, parts[-1])
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(BadVideo, match=r"its timestamps (go back|leap ahead) by"):
+        look_at(path)
+
+
+def test_a_late_start_in_matroska(tmp_path: Path) -> None:
+    picture = encode(tmp_path / "a.mp4", range(50), *H264)
+    path = tmp_path / "late.mkv"
+    ffmpeg("-i", picture, "-c", "copy", "-output_ts_offset", "1.2", path)
+    assert look_at(path).duration_s == pytest.approx(2, abs=2e-3)
+
+
+def test_gif_is_not_remuxed(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=48x48:rate=10:duration=1", path)
+    with path.open("rb") as file:
+        (cut,) = cut_video(file, probe(file, LIMITS), None, ShardSettings(storage="remux"))
+    assert cut.error and cut.error.reject_class == "unsupported"
