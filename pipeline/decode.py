@@ -141,7 +141,7 @@ def _crops_command(
 ) -> list[str]:
     short = (duration_s - config.start_s) * config.fps < 1
     sizes = list(dict.fromkeys(crop.scaled_px for crop in crops))
-    sampling = sampling_filters(config.fps, config.start_s, config.pick, short)
+    sampling = sampling_filters(config.fps, config.start_s, config.pick, short, duration_s=duration_s)
     first = ",".join([sampling, *deinterlacing(picture, config.display)])
     tone = "".join(f"{word}," for word in tone_mapping(picture, config.display, "gbrp"))
     graph = [f"[0:V:0]{first},{_split('size', len(sizes))}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 Pick = Literal["shown", "nearest"]
@@ -12,7 +13,12 @@ _TOLERANCE_US = 1000
 
 
 def sampling_filters(
-    fps: float, start_s: float = 0.0, pick: Pick = "shown", short: bool = False, from_zero: bool = False
+    fps: float,
+    start_s: float = 0.0,
+    pick: Pick = "shown",
+    short: bool = False,
+    from_zero: bool = False,
+    duration_s: float | None = None,
 ) -> str:
     """Filters after which frame k is the picture at `start_s + k / fps`, counted from the first frame; its time is k / fps.
 
@@ -23,6 +29,8 @@ def sampling_filters(
     Args:
         short: the video lasts less than one interval from `start_s` on, where `nearest` alone might give no frame.
         from_zero: times count from 0, not from the first frame, which may begin a little later.
+        duration_s: of the video, to which its last picture stays (`shown`): one frame for every k with k / fps before that, and
+            one at least. None: as long as ffmpeg takes the last picture to stay.
     """
     if pick == "nearest" and not start_s:
         return f"fps={fps:.10g}:eof_action={'pass' if short else 'round'}"
@@ -30,4 +38,10 @@ def sampling_filters(
     earlier_us = round(start_s * 1e6) + (_TOLERANCE_US if pick == "shown" else 0)
     rounding = "up:eof_action=pass" if pick == "shown" else f"near:eof_action={'pass' if short else 'round'}"
     # From time 0 on, whatever began before it: the picture that is on screen at the start may have begun long ago.
-    return f"settb=1/1000000,setpts=PTS{'' if from_zero else '-STARTPTS'}-{earlier_us},fps={fps:.10g}:start_time=0:round={rounding}"
+    stay, end = "", ""
+    if pick == "shown" and duration_s is not None:
+        num_frames = max(1, math.ceil((duration_s - start_s - _TOLERANCE_US / 1e6) * fps))
+        # Copies of the last picture without end, before `fps`: that drops a picture which nothing follows.
+        stay, end = "tpad=stop=-1:stop_mode=clone,", f",trim=end_frame={num_frames}"
+    times = f"settb=1/1000000,setpts=PTS{'' if from_zero else '-STARTPTS'}-{earlier_us}"
+    return f"{times},{stay}fps={fps:.10g}:start_time=0:round={rounding}{end}"

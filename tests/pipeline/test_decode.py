@@ -218,12 +218,16 @@ class TestBadInput:
     def test_more_frames_than_promised(self, tmp_path: Path) -> None:
         path = write_counter(tmp_path / "c.mkv", 30)
         with path.open("rb") as source, pytest.raises(BadVideo) as caught:
-            decode_frames(source, 0.1, FrameConfig(fps=10, size_px=16), LIMITS)
+            decode_frames(source, 0.1, FrameConfig(fps=10, size_px=16, pick="nearest"), LIMITS)
         assert caught.value.reject_class == "too-large"
 
-    def test_a_rate_that_is_off_by_a_little_is_no_reason(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("duration_s", "num_frames"), [(0.05, 1), (2.2, 22), (3.0, 30), (3.4, 34)])
+    def test_one_frame_for_every_instant_before_the_end(
+        self, tmp_path: Path, duration_s: float, num_frames: int
+    ) -> None:
         with write_counter(tmp_path / "c.mkv", 30).open("rb") as source:
-            assert len(decode_frames(source, 2.2, FrameConfig(fps=10, size_px=16), LIMITS)) == 30
+            frames = decode_frames(source, duration_s, FrameConfig(fps=10, size_px=48), LIMITS)
+        assert counters(frames) == [min(number, 29) for number in range(num_frames)]
 
     def test_no_frame(self, tmp_path: Path) -> None:
         path = make_clip(tmp_path / "c.mp4", seconds=1, extra=["-movflags", "+faststart"])
