@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _GIB = 2**30
 _MIN_PYTHON = (3, 11)
-_MIN_FFMPEG = (5, 0)
+_MIN_FFMPEG = (5, 1)
 _MIN_FILES = 4096
 _MIN_SHM_BYTES = 2 * _GIB
 _MIN_FREE_BYTES = 10 * _GIB
@@ -181,7 +181,7 @@ def _check_packages() -> list[Check]:
 
 def _check_ffmpeg() -> list[Check]:
     checks = []
-    install = "install ffmpeg 5.0 or later, for example `apt install ffmpeg`, and see that it is in PATH"
+    install = "install ffmpeg 5.1 or later, for example `apt install ffmpeg`, and see that it is in PATH"
     for tool in ("ffmpeg", "ffprobe"):
         path = shutil.which(tool)
         if path is None:

@@ -37,8 +37,6 @@ DEMUXERS = (
 _STDERR_TAIL_CHARS = 600
 _STDERR_MAX_BYTES = 16 * 2**20
 _PIPE_BYTES = 2**20
-_NO_SEEK_S = 0.5
-"""Where B frames may be, ffmpeg seeks 3/23 s earlier than told in containers that seek by decoding time (AVI, FLV)."""
 _SMALL_FILE_BYTES = 256 * 2**20
 _SHARED_MEMORY = "/dev/shm"
 
@@ -128,17 +126,6 @@ def probe_words(limits: FfmpegLimits) -> list[str]:
     """`input_words` for ffprobe, which decodes next to nothing: it shall report a size that is then refused by name."""
     named = input_options(limits).items()
     return [word for name, value in named if name != "max_pixels" for word in (f"-{name}", str(value))]
-
-
-def start_words(start_s: float) -> list[str]:
-    """Options of an input that put its time `start_s` at 0: a seek, which lands at a keyframe at or before it.
-
-    Close to the start it is read from its first packet instead: a seek to before that fails, and loses what is there.
-    Frames from before `start_s` have negative times; it is the caller's to drop them.
-    """
-    if start_s <= 0:
-        return []
-    return ["-ss", f"{start_s:.9f}"] if start_s > _NO_SEEK_S else ["-itsoffset", f"{-start_s:.9f}"]
 
 
 def command() -> list[str]:
@@ -321,8 +308,10 @@ class Process:
             raise BadVideo("timeout", f"{self._program} used up {self._cpu_s} s of CPU time ({self._cpu_limit})", tail)
         if code == -signal.SIGXFSZ:
             raise BadVideo("too-large", f"{self._program} wrote a larger file than the probe promised", tail)
-        if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT):
-            raise BadVideo("resources", f"{self._program} was killed by signal {-code}: {tail or 'no message'}", tail)
+        # ffmpeg catches SIGINT, SIGTERM and the like, and ends with 255, which it does for nothing else.
+        if code < 0 or code == 255:
+            by = f"signal {-code}" if code < 0 else "a signal"
+            raise BadVideo("resources", f"{self._program} was killed by {by}: {tail or 'no message'}", tail)
         if code != 0:
             # 127 is the dynamic loader's: it could not map ffmpeg's own libraries, which says nothing about the video.
             no_memory = code == 127 or "Cannot allocate memory" in tail

@@ -179,10 +179,16 @@ class TestMemory:
             limits = FfmpegLimits(memory_bytes=2**30)
             assert int(ffmpeg.run(["sh", "-c", "sleep 0.3; ulimit -v"], source, limits, BUDGET)) == 2**20  # in KiB
 
-    @pytest.mark.parametrize("signal", ["KILL", "SEGV", "ABRT"])
+    @pytest.mark.parametrize("signal", ["KILL", "SEGV", "ABRT", "TERM"])
     def test_killed(self, clip: Path, signal: str) -> None:
         with clip.open("rb") as source:
             assert failure(["sh", "-c", f"ulimit -c 0; kill -{signal} $$"], source).reject_class == "resources"
+
+    def test_ended_by_a_signal_that_ffmpeg_catches(self, clip: Path) -> None:
+        ffmpeg = "ffmpeg -v error -nostdin -re -f lavfi -i testsrc2 -f null - & sleep 0.5; kill -TERM $!; wait $!"
+        with clip.open("rb") as source:
+            error = failure(["sh", "-c", ffmpeg], source)
+        assert error.reject_class == "resources" and "by a signal" in error.reason
 
 
 class TestOutput:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from pipeline.clips import ClipConfig
-from pipeline.counting import count_frames, count_packets
 from pipeline.cutting import cut_video
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import VideoInfo, probe
 from pipeline.schema import ClipSpan
 from pipeline.sharding import ShardSettings
+from pipeline.stored import count_frames, count_packets
 from tests.numbered import encode, show
 
 LIMITS = FfmpegLimits()
