@@ -23,6 +23,9 @@ def report_waiting(job: str, needs: Mapping[str, float], has_begun: Callable[[],
         needs: "CPU", "GPU": the least with which the work begins.
         has_begun: by default, whether a task that needs as much was run.
     """
+    if not needs:
+        yield
+        return
     from ray._private import worker
 
     node = worker._global_node

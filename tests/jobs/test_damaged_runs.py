@@ -149,7 +149,6 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(training, "_make_trainer", make_trainer)
     monkeypatch.setattr(training, "_choose_resources", lambda workers: {})
     monkeypatch.setattr(training, "connect", contextlib.nullcontext)
-    monkeypatch.setattr(training, "report_waiting", lambda *args: contextlib.nullcontext())
     monkeypatch.setattr(training.Tracker, "open", lambda *args, **options: contextlib.nullcontext(NoTracker()))
 
 

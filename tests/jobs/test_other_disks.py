@@ -60,7 +60,6 @@ def disk(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(training, "_make_trainer", make_trainer)
     monkeypatch.setattr(training, "_choose_resources", lambda workers: {})
     monkeypatch.setattr(training, "connect", contextlib.nullcontext)
-    monkeypatch.setattr(training, "report_waiting", lambda *args: contextlib.nullcontext())
     monkeypatch.setattr(shipper, "_POLL_S", 0.05)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     return disk
