@@ -40,9 +40,14 @@ class PacketTimes:
         self.longest_leap_s, self.longest_return_s = 0.0, 0.0
         """How far time moves from one packet to the next: ahead, and back."""
         self._last_s: float | None = None
+        self._lead_s: float | None = None
+        self._guesses = False
 
     def add(self, pts_s: float | None, dts_s: float | None, duration_s: float, hidden: bool) -> None:
         """Count one packet, in the order of decoding."""
+        if self._lead_s is None and pts_s is not None and dts_s is not None:
+            self._lead_s = pts_s - dts_s
+        self._guesses |= pts_s is None and self._lead_s is not None
         begin_s = dts_s if pts_s is None else pts_s
         self.num_packets += 1
         self.num_untimed += begin_s is None
@@ -57,6 +62,10 @@ class PacketTimes:
         if not self.num_frames:
             self.first_s, self.end_s, self.is_timed = begin_s, begin_s + duration_s, pts_s is not None
         self.num_frames += begin_s >= self.first_s
+        if self._guesses and dts_s is not None and self._lead_s is not None:
+            # MPEG-PS states the times of few packets. Whatever their order, a frame is shown as long after a packet is
+            # decoded as after the first.
+            begin_s = max(begin_s, dts_s + self._lead_s)
         self.end_s = max(self.end_s, begin_s + duration_s)
         self.last_s = begin_s if self.num_frames == 1 else max(self.last_s, begin_s)
 

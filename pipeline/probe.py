@@ -32,6 +32,8 @@ _MOST_UNTIMED = 0.1
 """Share of the packets; ffmpeg guesses the times of a few."""
 _MAX_PACKETS = 2**31 - 1
 _MAX_NUMBER = 1e12
+_MOST_COMMON_HZ = 120.0
+"""ffprobe's rate of times that have none in common is that of their unit."""
 _MAX_START_S = 100 * 365 * 24 * 3600.0
 """Some cameras stamp pictures with the time of day, or of the epoch."""
 
@@ -60,6 +62,8 @@ class VideoInfo:
     """Whether it is the first video stream that is no cover, which is what programs take that do not choose."""
     unit_hz: int = 0
     """Times a second that the stream can tell apart."""
+    rate_hz: float = 0.0
+    """A rate at which each picture of a variable frame rate has a place of its own; 0: `fps` is one."""
     reorders: bool = False
     """Whether frames are stored in another order than they are shown in."""
     audio_hz: int = 0
@@ -218,9 +222,16 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
         duration_s=duration_s,
         picture=read_picture(stream),
         stream=int(stream.get("index", 0)),
+        rate_hz=_common_rate(fps, _rate(stream.get("r_frame_rate"))),
         unit_hz=int(str(stream.get("time_base", "0/0")).partition("/")[2] or 0),
         reorders=int(_number(stream.get("has_b_frames"))) > 0,
     )
+
+
+def _common_rate(fps: float, rate_hz: float) -> float:
+    """ffprobe's rate that all times are multiples of, where it is another than the mean and can be one of pictures."""
+    fields = abs(rate_hz - 2 * fps) <= 0.01 * rate_hz
+    return rate_hz if 1.01 * fps < rate_hz <= _MOST_COMMON_HZ and not fields else 0.0
 
 
 def _decoded_at(report: dict[str, Any], stream: dict[str, Any]) -> float:

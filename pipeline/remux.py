@@ -55,7 +55,7 @@ def remux_span(
         BadVideo: it cannot be read, the span holds no packet, or a limit was exceeded; `unsupported` where copied packets
             would show something else than the source.
     """
-    _require_copyable(file, info)
+    _require_copyable(file, info, span)
     for lead_s in _LEADS_S:
         read_s = max(0.0, span.start_s - lead_s)
         made = _copy_packets(file, info, read_s, span, limits, source_bytes, audio)
@@ -69,10 +69,16 @@ def remux_span(
     raise AssertionError("the last lead returns or raises")
 
 
-def _require_copyable(file: IO[bytes], info: VideoInfo) -> None:
+def _require_copyable(file: IO[bytes], info: VideoInfo, span: ClipSpan) -> None:
     way_out = "use --storage transcode, or copy for whole videos"
     if info.codec == "gif":
         raise BadVideo("unsupported", f"pictures of a GIF cannot be stored in another container; {way_out}")
+    if info.container == "mpeg" and span.start_s > 0:
+        # After a seek ffmpeg takes the times of what follows from the first packet that has one, up to some frames off.
+        raise BadVideo(
+            "unsupported",
+            f"MPEG-PS states the times of few packets, so a part of it cannot be copied with the right ones; {way_out}",
+        )
     if info.container == "avi" and info.reorders:
         # AVI has no times of frames. Those of MPEG-4 follow from its packets, unless two frames share one.
         file.seek(0)
@@ -117,7 +123,8 @@ def _copy_packets(
     first = CopiedPackets(num_frames)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(ffmpeg.open_unnamed(int(source_bytes * share)))
-        cut = [] if whole else _end_words(info, span.end_s + info.start_s, unit_hz, mp4, sought)
+        end_s = info.start_s + (info.duration_s if whole else span.end_s)
+        cut = [] if whole and not mp4 else _end_words(info, end_s, unit_hz, mp4, sought, whole)
         command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-fflags", "+genpts", "-copyts"]
         command += ["-ss", f"{seek_s:.9f}"] if sought else []
         command += ["-i", ffmpeg.source_url(file), "-map", f"0:{info.stream}", *(["-map", "0:a:0"] if sound else [])]
@@ -178,7 +185,7 @@ def _mp4_unit_hz(info: VideoInfo) -> int:
     return hz
 
 
-def _end_words(info: VideoInfo, end_s: float, unit_hz: int, mp4: bool, sought: bool) -> list[str]:
+def _end_words(info: VideoInfo, end_s: float, unit_hz: int, mp4: bool, sought: bool, whole: bool) -> list[str]:
     """Output options that end a copy at the timestamp `end_s`, and not before all frames up to there are in.
 
     The filters see times in the unit of the output; what they are told of it is the unit of the input.
@@ -197,6 +204,13 @@ def _end_words(info: VideoInfo, end_s: float, unit_hz: int, mp4: bool, sought: b
     margin_s = 1.0 + _MOST_REORDERED / info.fps
     # The last picture stays to the end; one that begins after it, for the time of a frame.
     last = f"max(1\\,{end}-STARTPTS-DTS+STARTDTS)"
-    frame = f"max(1\\,min(DURATION\\,{round(unit_hz / info.fps)}))"
+    # One tick is what ffmpeg states of many packets that were copied or stored out of order.
+    usual = max(1, round(unit_hz / info.fps))
+    frame = (
+        f"if(gt(DURATION\\,{unit_hz / info.unit_hz if info.unit_hz else 1:.9g})\\,min(DURATION\\,{usual})\\,{usual})"
+    )
     rest = f"if(gte(PTS\\,{stop})\\,{frame}\\,if(gt(abs(NEXT_DTS)\\,1e17)+isnan(NEXT_DTS)\\,{last}\\,{end}-PTS))"
-    return ["-t", f"{end_s + margin_s:.9f}", "-bsf:v", f"{video},setts=pts=PTS:dts=DTS:duration={rest}", *sound]
+    lasts = f"setts=pts=PTS:dts=DTS:duration={rest}"
+    if whole:
+        return ["-bsf:v", lasts]
+    return ["-t", f"{end_s + margin_s:.9f}", "-bsf:v", f"{video},{lasts}", *sound]

@@ -23,8 +23,8 @@ _MAX_RATE_HZ = 120.0
 
 
 def frame_rate(info: VideoInfo) -> float:
-    """Frames a second at which a video is looked at: its own rate, at most 120."""
-    return min(info.fps, _MAX_RATE_HZ)
+    """Frames a second at which a video is looked at: a rate at which none is left out, at most 120."""
+    return min(info.rate_hz or info.fps, _MAX_RATE_HZ)
 
 
 class Watch:
