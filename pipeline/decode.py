@@ -16,7 +16,7 @@ from pipeline.errors import BadVideo, ConfigError
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.packets import CopiedPackets
 from pipeline.probe import VideoInfo, least_reach
-from pipeline.sampling import PICKS, sampling_filters
+from pipeline.sampling import PICKS, num_shown, sampling_filters
 from pipeline.scoring import SCALE_FLAGS
 from pipeline.views import Crop
 
@@ -99,8 +99,10 @@ def iter_frames(
     """
     # Rates are rarely exact, so a second's worth of slack stands between an honest file and an endless one.
     most_frames = math.ceil((duration_s + 1.0) * config.fps) + 1
+    most_shown = num_shown(duration_s, config.start_s, config.fps) if config.pick == "shown" else 0
     frame_bytes = [crop.size_px**2 * 3 for crop in crops]
-    pipes = [Pipe(most_frames * size) for size in frame_bytes]
+    # Many times over by a change of size, which has a message of its own.
+    pipes = [Pipe((100 * most_shown or most_frames) * size) for size in frame_bytes]
     place_of = {pipe: place for place, pipe in enumerate(pipes)}
     held = [bytearray() for _ in crops]  # they grow in place, so that frames are held once
     num_frames = 0
@@ -118,7 +120,11 @@ def iter_frames(
     command = _crops_command(source, duration_s, config, crops, pipes, picture, limits)
     with Process(command, [source], limits, pipes=pipes) as process:
         for pipe, chunk in process.read():
-            held[place_of[pipe]] += chunk
+            place = place_of[pipe]
+            held[place] += chunk
+            if most_shown and num_frames + len(held[place]) // frame_bytes[place] > most_shown:
+                # ffmpeg makes its filters anew for pictures of another size, and they begin from 0 again.
+                raise BadVideo("unsupported", f"the size of its pictures changes midway: {ffmpeg.SPLIT_FIRST}")
             while max_frames and all(
                 len(data) >= max_frames * size for data, size in zip(held, frame_bytes, strict=True)
             ):

@@ -34,6 +34,9 @@ from pipeline.errors import BadVideo, ConfigError
 DEMUXERS = (
     "3g2,3gp,aac,asf,avi,dv,f4v,flac,flv,gif,ivf,matroska,mj2,mov,mp3,mp4,mpeg,mpegts,mxf,nut,ogg,rm,wav,webm,wtv"
 )
+SPLIT_FIRST = "split it there first, such as by ffmpeg -i IN -c copy -ss START -to END OUT"
+_OTHER_SIZE = "non positive size for width '-1'"
+"""What ffmpeg says where `timeline.same_size` meets a picture of another size."""
 _STDERR_TAIL_CHARS = 600
 _STDERR_MAX_BYTES = 16 * 2**20
 _PIPE_BYTES = 2**20
@@ -312,6 +315,8 @@ class Process:
         if code < 0 or code == 255:
             by = f"signal {-code}" if code < 0 else "a signal"
             raise BadVideo("resources", f"{self._program} was killed by {by}: {tail or 'no message'}", tail)
+        if _OTHER_SIZE in tail:
+            raise BadVideo("unsupported", f"the size of its pictures changes midway: {SPLIT_FIRST}", tail)
         if code != 0:
             # 127 is the dynamic loader's: it could not map ffmpeg's own libraries, which says nothing about the video.
             no_memory = code == 127 or "Cannot allocate memory" in tail

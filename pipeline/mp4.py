@@ -60,6 +60,36 @@ def read_video_track(file: IO[bytes], track_id: int | None = None) -> Track | No
         return None
 
 
+def keyframe_lead(file: IO[bytes], stream: int, at_s: float) -> float:
+    """How much earlier than its time a seek has to go, in seconds, for the last keyframe that is shown by `at_s`.
+
+    ffmpeg seeks by when packets are decoded; where that is long before they are shown (a frame that stays for long among
+    frames stored out of order), a keyframe that is shown after `at_s` may be decoded before.
+
+    Args:
+        stream: number of the stream in the file.
+        at_s: its timestamp. 0 where the table does not tell.
+    """
+    try:
+        moov = _read_header(file, file.seek(0, 2))
+        track = [body for kind, body in _boxes(moov) if kind == b"trak"][stream]
+        table = _find(track, b"mdia", b"minf", b"stbl")
+        keys = _find(table, b"stss")
+        numbers = np.frombuffer(keys[8 : 8 + 4 * struct.unpack_from(">I", keys, 4)[0]], ">u4").astype(np.int64) - 1
+        count = int(struct.unpack_from(">II", _find(table, b"stsz"), 4)[1])
+        steps, late = _runs(_find(table, b"stts"), ">u4", count), _runs(_find(table, b"ctts"), ">i4", count)
+        decoded = np.concatenate([[0], np.cumsum(steps)[:-1]])
+        delay_s, media_start, _ = _edit(track, _scale(_find(moov, b"mvhd"))[0])
+        scale = _scale(_find(track, b"mdia", b"mdhd"))[0]
+        at = (at_s - delay_s) * scale + media_start + 0.5
+        by_then = numbers[decoded[numbers] + late[numbers] <= at]
+        # It takes every frame to be shown as long after it is decoded as the first of all.
+        usual = int((decoded + late).min())
+        return max(0.0, float(at - decoded[by_then[-1]] - usual - 1) / scale) if len(by_then) else 0.0
+    except (_Odd, StopIteration, struct.error, ValueError, IndexError, OverflowError, ZeroDivisionError):
+        return 0.0
+
+
 def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
     table = [b"mdia", b"minf", b"stbl"]
     width, height = struct.unpack_from(">HH", _find(track, *table, b"stsd"), 40)
@@ -81,7 +111,9 @@ def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
     if not num_frames or not stated:
         raise _Odd
     first = int(shown_begins.min())
-    length = stated if num_frames == count else int((shown_begins + shown_steps).max()) - first
+    # Of a part the edit says how long it is shown; steps are those of decoding.
+    end = media_start + length_s * scale if length_s else int((shown_begins + shown_steps).max())
+    length = stated if num_frames == count else end - first
     start_s = delay_s + max(0, first - media_start) / scale
     return Track(
         width=width,

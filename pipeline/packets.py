@@ -8,6 +8,7 @@ from typing import IO
 from pipeline import ffmpeg
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
+from pipeline.mp4 import MP4_CONTAINER, keyframe_lead
 
 _LINE_BYTES = 160
 _MAX_LISTING_BYTES = 2**30
@@ -143,7 +144,7 @@ def find_lead(
 ) -> float:
     """How many seconds before `start_s` to seek, so that every frame from there on can be decoded; all: read it all.
 
-    0 but for containers without an index, where a seek may land after the last keyframe before its time, and all frames up
+    In MP4 what its sample table says. 0 but for containers without an index, where a seek may land after the last keyframe before its time, and all frames up
     to the next one would be lost. In MPEG-TS a process looks for that keyframe, earlier and earlier. MPEG-PS is read from
     its start, whatever that costs: after a seek in it, ffmpeg may take the times of all frames for some frames too late.
 
@@ -155,6 +156,8 @@ def find_lead(
     Raises:
         BadVideo: a limit was exceeded.
     """
+    if container == MP4_CONTAINER:
+        return keyframe_lead(source, stream, start_s)
     if container == "mpegts":
         for lead_s in _SEEK_LEADS_S:
             seek_s = start_s - lead_s - first_s

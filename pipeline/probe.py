@@ -11,7 +11,7 @@ from typing import IO, Any
 from pipeline import ffmpeg
 from pipeline.display import Picture, read_picture, shown_size
 from pipeline.errors import BadVideo
-from pipeline.ffmpeg import FfmpegLimits
+from pipeline.ffmpeg import SPLIT_FIRST, FfmpegLimits
 from pipeline.mp4 import MP4_CONTAINER, read_video_track
 from pipeline.packets import PacketTimes, list_packets
 
@@ -19,6 +19,8 @@ _LAST_PACKETS = 3
 """Of all streams, read from the last keyframe on: sound may stand before the picture, and each frame costs its decoding."""
 _LEAST_SIDE_PX = 3
 """A transcoded clip needs an even side, the score of sharpness three rows and columns."""
+LEAST_CHANGE_PX = 16
+"""Less is how a codec pads its pictures."""
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
 _FIRST_PACKETS = 12
 """Enough that the decoder gives its first frame, whatever it holds back."""
@@ -56,6 +58,8 @@ class VideoInfo:
     picture: Picture = field(default_factory=Picture)
     decoded_at_s: float = -1.0
     """Time of the last keyframe, where a seek to the end found one and it could be decoded; -1 where not."""
+    frame_px: tuple[int, int] = (0, 0)
+    """Width and height of the decoded pictures, upright, whatever the shape of their pixels; 0: unknown."""
     stream: int = 0
     """Number of the stream in the file."""
     is_first: bool = True
@@ -105,6 +109,7 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
         is_first=video is videos[0],
     )
     _check_size(info, report, limits)
+    _check_frames(report, video)
     return _check_times(_measure(source, info, report, video, limits), limits)
 
 
@@ -221,6 +226,7 @@ def _info(report: dict[str, Any], stream: dict[str, Any]) -> VideoInfo:
         fps=fps,
         duration_s=duration_s,
         picture=read_picture(stream),
+        frame_px=shown_size({**stream, "sample_aspect_ratio": "1:1"}),
         stream=int(stream.get("index", 0)),
         rate_hz=_common_rate(fps, _rate(stream.get("r_frame_rate"))),
         unit_hz=int(str(stream.get("time_base", "0/0")).partition("/")[2] or 0),
@@ -279,6 +285,15 @@ def _check_size(info: VideoInfo, report: dict[str, Any], limits: FfmpegLimits) -
         raise BadVideo(
             "corrupt", f"a frame of {info.width} x {info.height} pixels; a side must have at least {_LEAST_SIDE_PX}"
         )
+
+
+def _check_frames(report: dict[str, Any], stream: dict[str, Any]) -> None:
+    """Refuse a video whose last pictures are of another size than its first: all would be squeezed to one."""
+    for frame in _frames(report, stream):
+        stated, seen = ((one.get("width", 0), one.get("height", 0)) for one in (stream, frame))
+        if all(seen) and any(abs(a - b) >= LEAST_CHANGE_PX for a, b in zip(stated, seen, strict=True)):
+            sizes = " to ".join(f"{width} x {height}" for width, height in (stated, seen))
+            raise BadVideo("unsupported", f"the size of its pictures changes from {sizes} pixels: {SPLIT_FIRST}")
 
 
 def _check_times(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:

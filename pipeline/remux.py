@@ -11,7 +11,7 @@ from pipeline import ffmpeg
 from pipeline.containers import choose_container
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits, Process
-from pipeline.mp4 import MP4_CONTAINER, read_video_track
+from pipeline.mp4 import MP4_CONTAINER, keyframe_lead, read_video_track
 from pipeline.packets import CopiedPackets, list_packets
 from pipeline.probe import VideoInfo
 from pipeline.schema import ClipSpan
@@ -117,6 +117,8 @@ def _copy_packets(
     share = min(1.0, (span.duration_s + 10) / info.duration_s)
     bound = min(limits.max_file_bytes, int(1.1 * source_bytes + 64 * num_frames) + 2**20)
     seek_s = read_s + info.start_s - info.container_start_s if read_s > 0 else 0.0
+    if info.container == MP4_CONTAINER and seek_s > 0:
+        seek_s -= keyframe_lead(file, info.stream, read_s + info.start_s)
     sought = seek_s > NO_SEEK_S
     unit_hz = _mp4_unit_hz(info) if mp4 else _MATROSKA_HZ
     whole = span.start_s <= 0 and span.end_s >= info.duration_s and info.num_packets == info.num_frames

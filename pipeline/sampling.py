@@ -12,6 +12,11 @@ _TOLERANCE_US = 1000
 """Matroska and FLV round times to milliseconds: a frame that begins this much after an instant counts as there."""
 
 
+def num_shown(duration_s: float, start_s: float, fps: float) -> int:
+    """Frames that `shown` gives of a video: one for every k with k / fps before its end, and one at least."""
+    return max(1, math.ceil((duration_s - start_s - _TOLERANCE_US / 1e6) * fps))
+
+
 def sampling_filters(
     fps: float,
     start_s: float = 0.0,
@@ -40,7 +45,7 @@ def sampling_filters(
     # From time 0 on, whatever began before it: the picture that is on screen at the start may have begun long ago.
     stay, end = "", ""
     if pick == "shown" and duration_s is not None:
-        num_frames = max(1, math.ceil((duration_s - start_s - _TOLERANCE_US / 1e6) * fps))
+        num_frames = num_shown(duration_s, start_s, fps)
         # Copies of the last picture without end, before `fps`: that drops a picture which nothing follows.
         stay, end = "tpad=stop=-1:stop_mode=clone,", f",trim=end_frame={num_frames}"
     times = f"settb=1/1000000,setpts=PTS{'' if from_zero else '-STARTPTS'}-{earlier_us}"

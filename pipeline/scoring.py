@@ -15,7 +15,7 @@ from pipeline.ffmpeg import FfmpegLimits, Pipe, Process
 from pipeline.probe import VideoInfo
 from pipeline.quality import Scores
 from pipeline.schema import ClipSpan
-from pipeline.timeline import at_rate
+from pipeline.timeline import at_rate, same_size
 
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+bitexact"
 """Exact rounding: the same pixels on every CPU, whatever SIMD it has."""
@@ -112,7 +112,7 @@ def watch_file(
         BadVideo: it cannot be decoded, or a limit was exceeded.
     """
     watch = Watch(info, info.duration_s, cut_threshold, display=display)
-    first = ",".join([at_rate(frame_rate(info), info.start_s), *deinterlacing(info.picture, display)])
+    first = ",".join([same_size(info), at_rate(frame_rate(info), info.start_s), *deinterlacing(info.picture, display)])
     graph = f"[0:{info.stream}]{first}[frames];{watch.graph('frames')}"
     command = [*ffmpeg.command(), *ffmpeg.input_words(limits), "-copyts", "-i", ffmpeg.source_url(file)]
     command += ["-filter_complex", graph]

@@ -21,7 +21,7 @@ from pipeline.probe import VideoInfo
 from pipeline.sampling import sampling_filters
 from pipeline.schema import ClipSpan
 from pipeline.scoring import Watch, frame_rate
-from pipeline.timeline import at_rate
+from pipeline.timeline import at_rate, same_size
 from pipeline.transcode import MP4, add_sound, describe_mp4, encoder_words, max_encoded_bytes, scaling, stored_size
 
 _WAITING_BYTES = 16 * 2**20
@@ -92,7 +92,13 @@ class _Stream:
 
     def _command(self) -> list[str]:
         settings, picture = self._settings, self._info.picture
-        first = ",".join([at_rate(self._rate_hz, self._info.start_s), *deinterlacing(picture, settings.display)])
+        first = ",".join(
+            [
+                same_size(self._info),
+                at_rate(self._rate_hz, self._info.start_s),
+                *deinterlacing(picture, settings.display),
+            ]
+        )
         scale = ",".join(scaling(self._info, settings.transcode, settings.display))
         graph = (
             f"[0:{self._info.stream}]{first},split=2[picture][look];{self._watch.graph('look')};"

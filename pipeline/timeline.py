@@ -6,7 +6,7 @@ from typing import IO, NamedTuple
 
 from pipeline.ffmpeg import FfmpegLimits, input_words, source_url
 from pipeline.packets import find_lead
-from pipeline.probe import VideoInfo
+from pipeline.probe import LEAST_CHANGE_PX, VideoInfo
 
 TOLERANCE_S = 1e-3
 """Matroska and FLV round times to this: a frame that begins this much after an instant counts as there."""
@@ -43,6 +43,15 @@ def open_at(file: IO[bytes], info: VideoInfo, start_s: float, limits: FfmpegLimi
     # With the timestamps that the file has: which others ffmpeg gives depends on the container and on what is mapped.
     words = [*input_words(limits), "-copyts", *seek, "-i", source_url(file)]
     return Opened(words, at_s)
+
+
+def same_size(info: VideoInfo) -> str:
+    """A filter, to be the first, that fails where a picture comes that is larger or smaller; ffmpeg would squeeze it."""
+    width, height = info.frame_px
+    if not width or not height:
+        return "null"
+    same = f"lt(abs(iw-{width})\\,{LEAST_CHANGE_PX})*lt(abs(ih-{height})\\,{LEAST_CHANGE_PX})"
+    return f"crop=if({same}\\,iw\\,-1):ih:0:0:exact=1"
 
 
 def shift(shift_s: float) -> str:

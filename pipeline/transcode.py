@@ -23,7 +23,7 @@ from pipeline.mp4 import MP4_CONTAINER, read_video_track
 from pipeline.probe import VideoInfo
 from pipeline.schema import ClipSpan
 from pipeline.scoring import SCALE_FLAGS, Watch, frame_rate
-from pipeline.timeline import as_stored, at_rate, keep_times, open_at, sound
+from pipeline.timeline import as_stored, at_rate, keep_times, open_at, same_size, sound
 
 MP4 = ("-f", "mp4", "-movflags", "+faststart", "-fflags", "+bitexact", "-map_metadata", "-1", "-map_chapters", "-1")
 """Output options: the index in front, and nothing that differs from run to run."""
@@ -93,10 +93,9 @@ def transcode_span(
     # To the end, where the span reaches it: the stated end may come before the last frames.
     until_s = None if span.end_s >= info.duration_s else span.duration_s
     source, graph = f"0:{info.stream}", []
-    once = [*deinterlacing(info.picture, display), *(["split=2"] if watch else [])]
-    if once:
-        graph += [f"[{source}]{','.join(once)}[picture]{'[look]' if watch else ''}"]
-        source = "picture"
+    once = [same_size(info), *deinterlacing(info.picture, display), *(["split=2"] if watch else [])]
+    graph += [f"[{source}]{','.join(once)}[picture]{'[look]' if watch else ''}"]
+    source = "picture"
     if watch:
         graph += [f"[look]{at_rate(frame_rate(info), opened.shift_s, until_s)}[looked]", watch.graph("looked")]
     if config.fps:

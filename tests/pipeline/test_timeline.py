@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.clips import ClipConfig
 from pipeline.cutting import cut_video
+from pipeline.decode import FrameConfig, decode_frames
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.probe import VideoInfo, probe
@@ -96,6 +97,27 @@ def test_a_picture_stands_until_the_next(tmp_path: Path) -> None:
     assert [info.duration_s for _, info, _ in found] == pytest.approx([2, 2], abs=0.01)
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("storage", ["remux", "transcode"])
+def test_keyframes_that_are_decoded_long_before_they_are_shown(tmp_path: Path, storage: str, trimmed: bool) -> None:
+    """Pictures stay for 1.2 s now and then, among frames that are stored out of order: MP4 seeks by when they are decoded."""
+    places = [number + 30 * (number // 7) for number in range(60)]
+    begins = "+".join(f"gte(N\\,{number})*30" for number in range(7, 60, 7))
+    words = ("-vf", f"setpts=(N+{begins})/25/TB", "-fps_mode", "vfr", "-x264-params", "scenecut=0")
+    path = encode(tmp_path / "held.mp4", range(60), *words, "-c:v", "libx264", "-g", "10", "-bf", "3")
+    first = 0
+    if trimmed:
+        path = shutil.copy(path, tmp_path / "whole.mp4")
+        path = tmp_path / "trimmed.mp4"
+        ffmpeg("-ss", "1.6", "-i", tmp_path / "whole.mp4", "-c", "copy", path)
+        first = show(path)[0] or 0
+        assert first > 0
+    for span, _, numbers in clips_of(path, tmp_path, storage, 2.3):
+        start, end = (places[first] + 25 * edge_s for edge_s in (span.start_s, span.end_s))
+        shown = [n for n in range(first, 60) if n == 59 or places[n + 1] > start + 0.04]
+        assert numbers == [n for n in shown if places[n] < end - 0.04], span
+
+
 def test_the_default_stream_is_used(tmp_path: Path) -> None:
     other = encode(tmp_path / "b.mp4", range(1000, 1050), *H264)
     wanted = encode(tmp_path / "a.mp4", range(50), *H264)
@@ -121,6 +143,33 @@ def test_times_that_leap_are_refused(tmp_path: Path, offset_s: int) -> None:
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     with pytest.raises(BadVideo, match=r"its timestamps (go back|leap ahead) by"):
         look_at(path)
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mkv", "mp4"])
+@pytest.mark.parametrize("sizes", ["64x96 96x64", "64x96 96x64 64x96"])
+def test_a_size_that_changes_midway_is_refused(tmp_path: Path, sizes: str, suffix: str) -> None:
+    """At the latest when it is tokenized; never squeezed into the first size."""
+    joined = tmp_path / "joined.ts"
+    with joined.open("wb") as out:
+        for number, size in enumerate(sizes.split()):
+            part = tmp_path / f"{number}.ts"
+            ffmpeg("-f", "lavfi", "-i", f"testsrc2=s={size}:r=25:d=1", *H264, "-output_ts_offset", number, part)
+            out.write(part.read_bytes())
+    path = tmp_path / f"turned.{suffix}"
+    if path != joined:
+        ffmpeg("-i", joined, "-c", "copy", path)
+    for settings in (
+        ShardSettings(),
+        ShardSettings(storage="remux"),
+        ShardSettings(storage="transcode"),
+        ShardSettings(storage="transcode", clips=ClipConfig(mode="shots")),
+    ):
+        with path.open("rb") as file, pytest.raises(BadVideo, match="the size of its pictures changes") as caught:
+            for cut in cut_video(file, probe(file, LIMITS), None, settings):
+                if cut.error:
+                    raise cut.error
+                decode_frames(cut.clip or file, cut.span.duration_s, FrameConfig(size_px=64), LIMITS)
+        assert caught.value.reject_class == "unsupported"
 
 
 def test_a_late_start_in_matroska(tmp_path: Path) -> None:
