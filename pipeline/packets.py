@@ -40,6 +40,8 @@ class PacketTimes:
         """When the last one begins."""
         self.longest_leap_s, self.longest_return_s = 0.0, 0.0
         """How far time moves from one packet to the next: ahead, and back."""
+        self.longest_delay_s = 0.0
+        """Longest time from when a frame is decoded to when it is shown."""
         self._last_s: float | None = None
         self._lead_s: float | None = None
         self._guesses = False
@@ -48,6 +50,8 @@ class PacketTimes:
         """Count one packet, in the order of decoding."""
         if self._lead_s is None and pts_s is not None and dts_s is not None:
             self._lead_s = pts_s - dts_s
+        if pts_s is not None and dts_s is not None:
+            self.longest_delay_s = max(self.longest_delay_s, pts_s - dts_s)
         self._guesses |= pts_s is None and self._lead_s is not None
         begin_s = dts_s if pts_s is None else pts_s
         self.num_packets += 1

@@ -19,6 +19,8 @@ _LAST_PACKETS = 3
 """Of all streams, read from the last keyframe on: sound may stand before the picture, and each frame costs its decoding."""
 _LEAST_SIDE_PX = 3
 """A transcoded clip needs an even side, the score of sharpness three rows and columns."""
+_SEEKS_EARLY_S = 3 / 23
+"""What ffmpeg does in FLV, which it seeks in by when packets are decoded, if frames are stored out of order."""
 LEAST_CHANGE_PX = 16
 """Less is how a codec pads its pictures."""
 _MAX_PROBE_OUTPUT_BYTES = 16 * 2**20
@@ -68,6 +70,8 @@ class VideoInfo:
     """Times a second that the stream can tell apart."""
     rate_hz: float = 0.0
     """A rate at which each picture of a variable frame rate has a place of its own; 0: `fps` is one."""
+    seek_lead_s: float = 0.0
+    """How much earlier than its time to seek, beyond what ffmpeg does by itself, so that no keyframe after it is found."""
     reorders: bool = False
     """Whether frames are stored in another order than they are shown in."""
     audio_hz: int = 0
@@ -109,6 +113,7 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
         is_first=video is videos[0],
     )
     _check_size(info, report, limits)
+    _check_length(info, limits)  # before its packets are listed
     _check_frames(report, video)
     return _check_times(_measure(source, info, report, video, limits), limits)
 
@@ -154,6 +159,7 @@ def _measure(
         info,
         duration_s=duration_s,
         fps=_plausible_rate(info.fps, times.num_frames, duration_s),
+        seek_lead_s=max(0.0, times.longest_delay_s - _SEEKS_EARLY_S) if info.container == "flv" else 0.0,
         num_packets=times.num_packets,
         num_frames=times.num_frames,
         start_s=start_s,
@@ -296,11 +302,15 @@ def _check_frames(report: dict[str, Any], stream: dict[str, Any]) -> None:
             raise BadVideo("unsupported", f"the size of its pictures changes from {sizes} pixels: {SPLIT_FIRST}")
 
 
+def _check_length(info: VideoInfo, limits: FfmpegLimits) -> None:
+    if info.duration_s > limits.max_duration_s:
+        raise BadVideo("too-large", f"{info.duration_s:.0f} s long; at most {limits.max_duration_s:.0f} s are allowed")
+
+
 def _check_times(info: VideoInfo, limits: FfmpegLimits) -> VideoInfo:
     if not 0 < info.duration_s < math.inf or not 0 < info.fps < math.inf:
         raise BadVideo("corrupt", f"the {info.codec} stream states a duration of {info.duration_s} s at {info.fps} fps")
-    if info.duration_s > limits.max_duration_s:
-        raise BadVideo("too-large", f"{info.duration_s:.0f} s long; at most {limits.max_duration_s:.0f} s are allowed")
+    _check_length(info, limits)
     if info.num_packets > _MAX_PACKETS:
         raise BadVideo("too-large", f"{info.num_packets} packets; at most {_MAX_PACKETS} are allowed")
     if max(abs(info.start_s), abs(info.container_start_s)) > _MAX_START_S:

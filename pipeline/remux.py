@@ -117,6 +117,7 @@ def _copy_packets(
     share = min(1.0, (span.duration_s + 10) / info.duration_s)
     bound = min(limits.max_file_bytes, int(1.1 * source_bytes + 64 * num_frames) + 2**20)
     seek_s = read_s + info.start_s - info.container_start_s if read_s > 0 else 0.0
+    seek_s -= info.seek_lead_s
     if info.container == MP4_CONTAINER and seek_s > 0:
         seek_s -= keyframe_lead(file, info.stream, read_s + info.start_s)
     sought = seek_s > NO_SEEK_S

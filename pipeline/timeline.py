@@ -37,7 +37,7 @@ def open_at(file: IO[bytes], info: VideoInfo, start_s: float, limits: FfmpegLimi
     seek_s = 0.0
     if start_s > 0:
         lead_s = find_lead(file, info.container, info.stream, at_s, info.container_start_s, limits)
-        seek_s = at_s - lead_s - info.container_start_s
+        seek_s = at_s - lead_s - info.seek_lead_s - info.container_start_s
     # Not exact: that would drop the picture that is on screen already.
     seek = ["-noaccurate_seek", "-ss", f"{seek_s:.9f}"] if seek_s > NO_SEEK_S else []
     # With the timestamps that the file has: which others ffmpeg gives depends on the container and on what is mapped.
