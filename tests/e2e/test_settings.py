@@ -61,7 +61,6 @@ def test_evaluation_probes_labels_where_there_are_some(stages: Stages, mlflow_ur
         columns = {
             "label": ["even" if place % 2 else "odd" for place in places],
             "video_id": [f"{place:016x}" for place in places],
-            "split": ["train" if place % 3 else "val" for place in places],
         }
         for name, texts in columns.items():
             table = table.set_column(table.column_names.index(name), name, pa.array(texts))

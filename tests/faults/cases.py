@@ -91,7 +91,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 def files_of(out: Path) -> dict[str, bytes]:
     """All that a dataset consists of, by name; what the job keeps beside it (config, journal, MLflow) is not it."""
-    folders = [out / name for name in ("shards", "index", "rejects", "tokenizer")]
+    folders = [out / name for name in ("shards", "splits", "index", "rejects", "tokenizer")]
     paths = [path for folder in folders if folder.exists() for path in folder.iterdir() if path.name[0] != "."]
     paths += [out / name for name in ("dataset.json", "plan.parquet")]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths if path.exists()}

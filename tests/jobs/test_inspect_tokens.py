@@ -19,7 +19,6 @@ from pipeline.errors import ConfigError
 from pipeline.schema import Reject
 from pipeline.storage import Store
 from tests.conftest import Stages
-from tests.pipeline.datasets import shard_path
 
 
 def sections_of(page: Path) -> dict[str, str]:
@@ -28,7 +27,7 @@ def sections_of(page: Path) -> dict[str, str]:
 
 
 def codes_of(tokens: Path, row: dict) -> np.ndarray:
-    data = shard_path(tokens, row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["size"]]
+    data = (tokens / row["tar"]).read_bytes()[row["offset"] : row["offset"] + row["size"]]
     return np.frombuffer(data, np.uint16).reshape(row["num_frames"], row["height"], row["width"])
 
 

@@ -126,7 +126,7 @@ def test_help_lists_every_recipe_with_its_line() -> None:
 
 
 def test_a_saved_config_runs_again_without_its_recipe(tmp_path: Path) -> None:
-    config = replace(find_recipe("debug"), tokens="t", out=tmp_path / "run")
+    config = replace(find_recipe("debug"), tokens=str(tmp_path / "t"), out=tmp_path / "run")
     saved = str(save_config(tmp_path, config))
     for words in (["--config", saved], ["debug", f"--config={saved}"]):
         assert parse_options("pretrain", words) == config

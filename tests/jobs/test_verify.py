@@ -18,10 +18,11 @@ from jobs.frame_encoder import FrameEncoder
 from jobs.verify import VerifyConfig
 from models.tokenizers.vqvae import Vqvae, VqvaeConfig
 from pipeline.audit import draw_samples
-from pipeline.dataset import listed_shards, read_index, read_meta, write_meta
+from pipeline.dataset import finish, listed_shards, read_index, read_meta, write_meta
 from pipeline.decode import FrameConfig
 from pipeline.encoding import Piece
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.ledger import Ledger
 from pipeline.shards import read_shard_rows
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip, write_token_shard
@@ -91,6 +92,7 @@ def test_a_shifted_sample_is_found_and_made_again(stages: Stages, tmp_path: Path
     write_token_shard(clips, Store.at(tokens), meta.fingerprint, 1, rows, pieces, encode, settings)
 
     store = Store.at(tokens)
+    finish(store, meta, Ledger())  # as if they had been made so
     seed = next(n for n in itertools.count() if 0 in draw_samples(store, listed_shards(store), 0.1, n).get(1, []))
     config = VerifyConfig(dataset=str(tokens), re_encode=0.1, re_encode_seed=seed)
     assert verify.run(replace(config, re_encode=0.0)).status == "done"  # all hashes are right
