@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import IO
 
@@ -17,15 +18,16 @@ _SEEK_LEADS_S = (3.0, 12.0, 60.0)
 _ROUNDING_S = 1e-3
 _NO_TIME = -(2**63)
 """What ffmpeg lists for a packet without a time."""
-_HIDDEN = 4
-"""The flag of a packet that is decoded for others alone."""
+_KEY, _HIDDEN = 1, 4
+"""Flags: of a keyframe, and of a packet that is decoded for others alone."""
 
 
 class PacketTimes:
     """What one listing says of the packets of a stream. Memory does not grow with it.
 
-    Packets that the container hides (edit lists), and those shown before the first one, which lack what they are decoded
-    from, count as packets but not as frames.
+    Packets that the container hides (edit lists), those before the first keyframe (recordings that begin amid a group of
+    pictures), and those shown before it, which lack what they are decoded from, count as packets but not as frames. Where
+    no packet is a keyframe, the first packet takes its place.
     """
 
     def __init__(self) -> None:
@@ -40,13 +42,15 @@ class PacketTimes:
         """When the last one begins."""
         self.longest_leap_s, self.longest_return_s = 0.0, 0.0
         """How far time moves from one packet to the next: ahead, and back."""
+        self.earliest_s = math.inf
+        """When the first packet begins that no edit list hides, whether or not it can be shown."""
         self.longest_delay_s = 0.0
         """Longest time from when a frame is decoded to when it is shown."""
         self._last_s: float | None = None
         self._lead_s: float | None = None
-        self._guesses = False
+        self._guesses = self._keyframe_came = False
 
-    def add(self, pts_s: float | None, dts_s: float | None, duration_s: float, hidden: bool) -> None:
+    def add(self, pts_s: float | None, dts_s: float | None, duration_s: float, hidden: bool, is_key: bool) -> None:
         """Count one packet, in the order of decoding."""
         if self._lead_s is None and pts_s is not None and dts_s is not None:
             self._lead_s = pts_s - dts_s
@@ -55,6 +59,8 @@ class PacketTimes:
         self._guesses |= pts_s is None and self._lead_s is not None
         begin_s = dts_s if pts_s is None else pts_s
         self.num_packets += 1
+        if is_key and not self._keyframe_came:
+            self._keyframe_came, self.num_frames = True, 0
         self.num_untimed += begin_s is None
         if dts_s is not None:
             step_s = 0.0 if self._last_s is None else dts_s - self._last_s
@@ -64,6 +70,7 @@ class PacketTimes:
         if hidden or begin_s is None:
             self.hidden_first |= hidden and not self.num_frames
             return
+        self.earliest_s = min(self.earliest_s, begin_s)
         if not self.num_frames:
             self.first_s, self.end_s, self.is_timed = begin_s, begin_s + duration_s, pts_s is not None
         self.num_frames += begin_s >= self.first_s
@@ -104,7 +111,7 @@ class CopiedPackets(PacketTimes):
                     None if int(word) == _NO_TIME else float(int(word) * self._unit) for word in words[1:4]
                 )
                 flags = next((int(word.split(b"=")[1], 16) for word in words[6:] if word.strip().startswith(b"F=")), 0)
-                self.add(pts_s, dts_s, duration_s or 0.0, bool(flags & _HIDDEN))
+                self.add(pts_s, dts_s, duration_s or 0.0, bool(flags & _HIDDEN), bool(flags & _KEY))
 
 
 def list_packets(source: IO[bytes], stream: int, limits: FfmpegLimits) -> PacketTimes:
@@ -138,7 +145,7 @@ def list_packets(source: IO[bytes], stream: int, limits: FfmpegLimits) -> Packet
                 words = line.split(b",")
                 if len(words) >= 4:  # side data has lines of its own
                     pts_s, dts_s, duration_s = (None if word == b"N/A" else float(word) for word in words[:3])
-                    times.add(pts_s, dts_s, duration_s or 0.0, b"D" in words[3])
+                    times.add(pts_s, dts_s, duration_s or 0.0, b"D" in words[3], b"K" in words[3])
         process.finish()
     return times
 

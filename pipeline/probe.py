@@ -85,7 +85,8 @@ class VideoInfo:
     num_packets: int = 0
     """Packets of the stream, measured."""
     num_frames: int = 0
-    """Packets of the stream that are shown: those that an edit list hides are no frames."""
+    """Packets of the stream that are shown: those that an edit list hides, and those that lack the keyframe they are
+    decoded from, are no frames."""
 
 
 def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
@@ -109,13 +110,13 @@ def probe(source: IO[bytes], limits: FfmpegLimits) -> VideoInfo:
         _info(report, video),
         audio_codec=str(audio.get("codec_name", "unknown")) if audio else "",
         audio_hz=int(_number(audio.get("sample_rate"))),
-        decoded_at_s=_decoded_at(report, video),
         is_first=video is videos[0],
     )
     _check_size(info, report, limits)
     _check_length(info, limits)  # before its packets are listed
     _check_frames(report, video)
-    return _check_times(_measure(source, info, report, video, limits), limits)
+    info = _measure(source, info, report, video, limits)
+    return _check_times(replace(info, decoded_at_s=_decoded_at(report, video, info.start_s)), limits)
 
 
 def _choose(videos: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,9 +147,10 @@ def _measure(
     duration_s = round(times.end_s - times.first_s, 6)
     # A container alone speaks for its sound too, which may last longer.
     stated_s = _own_duration(video) or (0.0 if info.audio_codec else info.duration_s)
-    if duration_s <= least_reach(stated_s, info.fps):
+    reach_s = times.end_s - times.earliest_s  # what is stated counts the packets before the first keyframe too
+    if reach_s <= least_reach(stated_s, info.fps):
         raise BadVideo(
-            "corrupt", f"states {stated_s:.3f} s, but its packets end at {duration_s:.3f} s: cut off or damaged"
+            "corrupt", f"states {stated_s:.3f} s, but its packets end at {reach_s:.3f} s: cut off or damaged"
         )
     if times.is_timed:
         start_s = times.first_s
@@ -246,8 +248,8 @@ def _common_rate(fps: float, rate_hz: float) -> float:
     return rate_hz if 1.01 * fps < rate_hz <= _MOST_COMMON_HZ and not fields else 0.0
 
 
-def _decoded_at(report: dict[str, Any], stream: dict[str, Any]) -> float:
-    times_s = [_number(frame.get("pts_time")) - _number(stream.get("start_time")) for frame in _frames(report, stream)]
+def _decoded_at(report: dict[str, Any], stream: dict[str, Any], start_s: float) -> float:
+    times_s = [_number(frame.get("pts_time")) - start_s for frame in _frames(report, stream)]
     return max(times_s, default=-1.0)
 
 

@@ -200,7 +200,8 @@ def _end_words(info: VideoInfo, end_s: float, unit_hz: int, mp4: bool, sought: b
     together = f"*gt(pts\\,ld(1))*gte(gte(ld(1)\\,{stop})+gte(ld(1)+1.5*duration\\,pts)\\,1)" if info.reorders else ""
     reached = f"max(ld(0)\\,gte(pts\\,{stop}){together})"
     # Frames shown before the keyframe that was found cannot be decoded without the one before it.
-    early = "lt(pts\\,startpts)*gt(pts\\,-1e18)" if sought else "0"
+    leads = sought or info.num_packets > info.num_frames
+    early = "lt(pts\\,startpts)*gt(pts\\,-1e18)" if leads else "0"
     video = f"noise=drop=max({early}\\,st(0\\,{reached})+0*st(1\\,max(ld(1)\\,pts)))"
     audio_hz = info.audio_hz if mp4 else _MATROSKA_HZ
     sound = ["-bsf:a", f"noise=drop=gte(pts\\,{round(end_s * audio_hz)})"] if audio_hz else []

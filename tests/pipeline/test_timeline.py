@@ -185,3 +185,25 @@ def test_gif_is_not_remuxed(tmp_path: Path) -> None:
     with path.open("rb") as file:
         (cut,) = cut_video(file, probe(file, LIMITS), None, ShardSettings(storage="remux"))
     assert cut.error and cut.error.reject_class == "unsupported"
+
+
+@pytest.mark.parametrize("gop", ["open-gop=0", "open-gop=1"])
+def test_a_recording_that_begins_amid_a_group_of_pictures(tmp_path: Path, gop: str) -> None:
+    """What comes before the first keyframe cannot be shown, nor what refers to before it."""
+    words = ("-c:v", "libx264", "-bf", "3", "-x264-params", f"{gop}:keyint=12:min-keyint=12:scenecut=0:b-adapt=0")
+    num_frames = 48
+    data = encode(tmp_path / "full.ts", range(60), *words).read_bytes()
+    path = tmp_path / "cut.ts"
+    path.write_bytes(data[len(data) // 10 // 188 * 188 :])
+    shown = show(path)
+    info = look_at(path)
+    assert shown[-num_frames:] == list(range(60 - num_frames, 60))
+    assert (info.num_frames, info.duration_s) == (num_frames, pytest.approx(num_frames / 25))
+    with path.open("rb") as file:
+        assert info.num_packets == count_packets(file, LIMITS) > num_frames
+    for storage in ("remux", "transcode"):
+        ((span, _, numbers),) = clips_of(path, tmp_path, storage, 9)
+        assert span.start_s == 0 and numbers == shown[-num_frames:]
+        for span, _, numbers in clips_of(path, tmp_path, storage, 1):
+            first = 60 - num_frames + round(span.start_s * 25)
+            assert numbers[:10] == list(range(first, min(60, first + 10)))
