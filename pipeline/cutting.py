@@ -78,7 +78,8 @@ def _cut(file: IO[bytes], info: VideoInfo, spans: Sequence[ClipSpan] | None, set
         spans = plan_clips(duration_s, settings.clips, watched.cuts_s, frame_s)
     else:
         watched = None
-        planned = plan_clips(info.duration_s, settings.clips, frame_s=1 / info.fps) if spans is None else spans
+        last_stays_s = min(1 / info.fps, info.duration_s - info.last_s)
+        planned = plan_clips(info.duration_s, settings.clips, frame_s=last_stays_s) if spans is None else spans
         spans = sorted(planned, key=_start)
     for span in spans:
         yield _cut_span(file, info, span, settings, watched)

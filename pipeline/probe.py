@@ -137,7 +137,12 @@ def _measure(
         if track:
             measured = replace(info, num_packets=track.num_packets, num_frames=track.num_frames, start_s=start_s)
             measured = replace(measured, last_s=track.last_s)
-            return replace(measured, duration_s=_own_duration(video) or track.duration_s)
+            own_s = _own_duration(video)
+            if own_s > track.last_s:
+                return replace(measured, duration_s=own_s)
+            # A sum of decoding steps, short where pictures are far apart: the last one would begin after it.
+            fps = _plausible_rate(info.fps, track.num_frames, track.duration_s)
+            return replace(measured, duration_s=track.duration_s, fps=fps)
     times = list_packets(source, info.stream, limits)
     if times.num_untimed > _MOST_UNTIMED * times.num_packets:
         raise BadVideo("corrupt", f"{times.num_untimed} of {times.num_packets} packets have no time")

@@ -150,7 +150,10 @@ def _copy_packets(
         stack.pop_all()
     # Read from its start, a file begins with its first picture, whatever guess its packets have.
     start_s = max(0.0, first.first_s - info.start_s) if sought else 0.0
-    held = ClipSpan(start_s=start_s, end_s=start_s + stored.duration_s)
+    # Of pictures far apart the MP4 can state too late an end: it adds steps of decoding to times of showing.
+    duration_s = min(stored.duration_s, info.duration_s - start_s)
+    held = ClipSpan(start_s=start_s, end_s=start_s + duration_s)
+    stored = replace(stored, duration_s=duration_s, fps=stored.num_frames / duration_s)
     stored = replace(stored, container=container.name, audio_codec=info.audio_codec if sound else "")
     return Remuxed(file=out, span=held, info=stored, ext=container.ext)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Literal
 
 from pipeline import ffmpeg
@@ -126,6 +126,9 @@ def transcode_span(
         )
         if stored is None:
             raise BadVideo("corrupt", f"no frame in [{span.start_s:g}, {span.end_s:g}) s could be decoded")
+        # Of pictures far apart the MP4 can state too late an end: it adds steps of decoding to times of showing.
+        duration_s = min(stored.duration_s, span.duration_s)
+        stored = replace(stored, duration_s=duration_s, fps=stored.num_frames / duration_s)
         stack.pop_all()
     return out, stored
 

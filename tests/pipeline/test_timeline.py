@@ -97,6 +97,20 @@ def test_a_picture_stands_until_the_next(tmp_path: Path) -> None:
     assert [info.duration_s for _, info, _ in found] == pytest.approx([2, 2], abs=0.01)
 
 
+@pytest.mark.parametrize("storage", ["remux", "transcode"])
+def test_pictures_far_apart_are_there_to_the_end(tmp_path: Path, storage: str) -> None:
+    """A second of motion, a picture at 2 s and one at 8 s, stored out of order: steps of decoding are no times of showing."""
+    begins = "if(lt(N,25),N,if(eq(N,25),50,200))/25/TB"
+    path = encode(
+        tmp_path / "slides.mp4", range(27), "-vf", f"setpts='{begins}'", "-fps_mode", "vfr", *H264, "-bf", "2"
+    )
+    found = clips_of(path, tmp_path, storage, 4)
+    assert max(span.end_s for span, _, _ in found) == pytest.approx(8.04, abs=0.01)
+    assert [info.fps for _, info, _ in found] == [info.num_frames / info.duration_s for _, info, _ in found]
+    if storage == "transcode":
+        assert [numbers for _, _, numbers in found] == [list(range(26)), [25], [26]]
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("storage", ["remux", "transcode"])
 def test_keyframes_that_are_decoded_long_before_they_are_shown(tmp_path: Path, storage: str, trimmed: bool) -> None:
