@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import IO
 
 import numpy as np
@@ -19,7 +20,7 @@ _FULL_SPEED = 0x10000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Track:
-    """A video track. Of `num_packets` samples the edit list shows `num_frames`, for `duration_s` from `start_s` on.
+    """A video track. Of `num_packets` samples that have bytes the edit list shows `num_frames`, for `duration_s` from `start_s` on.
 
     width, height: in pixels, of the sample entry.
     start_s: when the first shown picture begins.
@@ -81,7 +82,7 @@ def keyframe_lead(file: IO[bytes], stream: int, at_s: float) -> float:
         decoded = np.concatenate([[0], np.cumsum(steps)[:-1]])
         delay_s, media_start, _ = _edit(track, _scale(_find(moov, b"mvhd"))[0])
         scale = _scale(_find(track, b"mdia", b"mdhd"))[0]
-        at = (at_s - delay_s) * scale + media_start + 0.5
+        at = (at_s - float(delay_s)) * scale + media_start + 0.5
         by_then = numbers[decoded[numbers] + late[numbers] <= at]
         # It takes every frame to be shown as long after it is decoded as the first of all.
         usual = int((decoded + late).min())
@@ -104,8 +105,11 @@ def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
     delay_s, media_start, length_s = _edit(track, movie_scale)
     shown = begins >= media_start
     if length_s:
-        # In units of the movie, which may be coarse: a frame that begins within half of one of them is not cut off.
-        shown &= begins < media_start + (length_s + 0.5 / movie_scale) * scale
+        # In units of the movie, which may be coarse: to the nearest unit of the track, as ffmpeg does.
+        shown &= begins < media_start + int(length_s * scale + Fraction(1, 2))
+    is_whole = bool(shown.all())
+    stored = _are_stored(_find(track, *table, b"stsz"), count)
+    shown &= stored
     shown_begins, shown_steps = begins[shown], steps[shown]
     num_frames = len(shown_begins)
     if not num_frames or not stated:
@@ -113,25 +117,35 @@ def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
     first = int(shown_begins.min())
     # Of a part the edit says how long it is shown; steps are those of decoding.
     end = media_start + length_s * scale if length_s else int((shown_begins + shown_steps).max())
-    length = stated if num_frames == count else end - first
-    start_s = delay_s + max(0, first - media_start) / scale
+    length = stated if is_whole else end - first
+    start_s = delay_s + Fraction(max(0, first - media_start), scale)
     return Track(
         width=width,
         height=height,
-        num_packets=count,
+        num_packets=int(stored.sum()),
         num_frames=num_frames,
-        start_s=start_s,
+        start_s=float(start_s),
         last_s=(int(shown_begins.max()) - first) / scale,
-        duration_s=length / scale,
+        duration_s=float(length / scale),
     )
 
 
-def _edit(track: memoryview, movie_scale: int) -> tuple[float, int, float]:
+def _are_stored(sizes: memoryview, count: int) -> np.ndarray:
+    """Which samples (count,) have bytes; those without are no packets, and the picture before them stays."""
+    if struct.unpack_from(">I", sizes, 4)[0]:
+        return np.ones(count, bool)
+    each_bytes = np.frombuffer(sizes[12 : 12 + 4 * count], ">u4")
+    if len(each_bytes) != count:
+        raise _Odd
+    return each_bytes > 0
+
+
+def _edit(track: memoryview, movie_scale: int) -> tuple[Fraction, int, Fraction]:
     """(seconds before the track, where it begins on its own axis, seconds of it that are shown; 0: all)."""
     try:
         table = _find(track, b"edts", b"elst")
     except StopIteration:
-        return 0.0, 0, 0.0
+        return Fraction(0), 0, Fraction(0)
     count = struct.unpack_from(">I", table, 4)[0]
     entry = ">Qqi" if table[0] else ">Iii"
     size = struct.calcsize(entry)
@@ -143,7 +157,7 @@ def _edit(track: memoryview, movie_scale: int) -> tuple[float, int, float]:
         delay += edits.pop(0)[0]
     if len(edits) != 1 or edits[0][2] != _FULL_SPEED or edits[0][1] < 0:
         raise _Odd
-    return delay / movie_scale, edits[0][1], edits[0][0] / movie_scale
+    return Fraction(delay, movie_scale), edits[0][1], Fraction(edits[0][0], movie_scale)
 
 
 def _runs(table: memoryview, value_type: str, count: int) -> np.ndarray:

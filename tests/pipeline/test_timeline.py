@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,56 @@ def test_a_recording_that_begins_amid_a_group_of_pictures(tmp_path: Path, gop: s
         for span, _, numbers in clips_of(path, tmp_path, storage, 1):
             first = 60 - num_frames + round(span.start_s * 25)
             assert numbers[:10] == list(range(first, min(60, first + 10)))
+
+
+def with_box(path: Path, name: bytes, body: bytes) -> None:
+    """Put another body, of the same length, into the first box of that name."""
+    data = path.read_bytes()
+    at = data.index(name, data.index(b"moov"))
+    assert int.from_bytes(data[at - 4 : at], "big") == len(body) + 8
+    path.write_bytes(data[: at + 4] + body + data[at + 4 + len(body) :])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "movie_scale", "timescale", "length", "media_start"),
+    [
+        ("mov", 600, 600, 600, 7 * 24),
+        ("mov", 600, 90_000, 601, 7 * 3600),
+        ("mp4", 1000, 90_000, 1000, 7 * 3600),
+        ("mp4", 1000, 90_000, 1001, 7 * 3600),
+        ("mp4", 1000, 600, 1001, 7 * 24),
+        ("mp4", 1000, 600, 1000, 0),
+        ("mp4", 1000, 12_800, 960, 7 * 512 + 256),
+    ],
+)
+def test_a_frame_that_begins_where_an_edit_ends_is_hidden(
+    tmp_path: Path, suffix: str, movie_scale: int, timescale: int, length: int, media_start: int
+) -> None:
+    path = encode(tmp_path / f"a.{suffix}", range(60), *H264[:4], "-bf", "0", "-video_track_timescale", str(timescale))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"mvhd") + 16
+    data[at : at + 4] = movie_scale.to_bytes(4, "big")
+    path.write_bytes(data)
+    with_box(path, b"elst", struct.pack(">IIIii", 0, 1, length, media_start, 0x10000))
+    info = look_at(path)
+    assert info.num_frames == len(show(path))
+    with path.open("rb") as file:
+        assert info.num_frames == count_frames(file, LIMITS)
+
+
+def test_samples_without_bytes_are_no_packets(tmp_path: Path) -> None:
+    """The picture before them stays."""
+    path = encode(tmp_path / "a.mp4", range(60), "-c:v", "mjpeg", "-q:v", "3")
+    data = path.read_bytes()
+    at = data.index(b"stsz") + 4
+    sizes = list(struct.unpack_from(">60I", data, at + 12))
+    sizes[29] += sum(sizes[30:33])  # what follows a JPEG is not looked at
+    sizes[30:33] = [0, 0, 0]
+    with_box(path, b"stsz", struct.pack(">63I", 0, 0, 60, *sizes))
+    info = look_at(path)
+    with path.open("rb") as file:
+        assert (info.num_packets, info.num_frames) == (57, count_frames(file, LIMITS)) == (57, 57)
+    assert info.duration_s == pytest.approx(2.4)
+    for storage in ("remux", "transcode"):
+        ((span, _, numbers),) = clips_of(path, tmp_path, storage, 9)
+        assert (span.start_s, numbers) == (0, [*range(30), *range(33, 60)])
