@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from jobs.spool import SPOOL_NAME, STATE_NAME, read_json
 from pipeline.dataset import listed_shards
 from pipeline.errors import ConfigError, TokenreelError
 from pipeline.storage import Store
+from pipeline.untrusted import MAX_JSON_BYTES, parse_object, read_member
 
 log = logging.getLogger(__name__)
 _INNER = frozenset(("shards", "index", "rejects", "checkpoints", "pictures", "model", "best_model", "tokenizer"))
@@ -117,7 +117,7 @@ def _read_dataset(folder: Path, tags: dict[str, str], row: dict[str, Any]) -> di
     try:
         store = Store.at(out if "://" in out else folder)
         if store.exists("dataset.json"):
-            meta = json.loads(store.read("dataset.json"))
+            meta = parse_object(read_member(store, "dataset.json", MAX_JSON_BYTES), store.where("dataset.json"))
             done, total = len(listed_shards(store)), meta["num_shards"]
             if meta["totals"]:
                 rejected = sum(meta["totals"]["rejected"].values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pipeline.schema import SCHEMA_VERSION, Reject
 from pipeline.shards import read_shard_rows
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings, decode_clip
+from pipeline.untrusted import open_member
 
 TOKENIZER_FOLDER = "tokenizer"
 """Where a token dataset keeps a copy of its tokenizer, so that its tokens can be shown without anything else."""
@@ -41,7 +43,8 @@ def _kept_tokenizer(store: Store) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="tokenreel-") as folder:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            Path(folder, name).write_bytes(store.read(f"{TOKENIZER_FOLDER}/{name}"))
+            with open_member(store, f"{TOKENIZER_FOLDER}/{name}") as source, Path(folder, name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
         yield Path(folder)
 
 

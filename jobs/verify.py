@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pipeline.errors import ConfigError, DatasetError
 from pipeline.ffmpeg import FfmpegLimits
 from pipeline.storage import Store
 from pipeline.tokenizing import TokenizeSettings
+from pipeline.untrusted import MAX_JSON_BYTES, parse_object, read_member
 from pipeline.verify import Problem, shards_at_fault
 from pipeline.verify import verify as verify_dataset
 
@@ -234,9 +234,8 @@ def _rebuild(store: Store, shards: list[int]) -> None:
 
 def _read_config(store: Store) -> dict[str, Any]:
     try:
-        plain: dict[str, Any] = json.loads(store.read(CONFIG_NAME))
-        return plain
-    except (FileNotFoundError, ValueError) as error:
+        return parse_object(read_member(store, CONFIG_NAME, MAX_JSON_BYTES), store.where(CONFIG_NAME))
+    except (FileNotFoundError, DatasetError) as error:
         raise ConfigError(
             f"{store.where(CONFIG_NAME)} cannot be read, so the command that wrote the dataset is unknown: {error}"
         ) from error

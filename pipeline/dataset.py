@@ -22,12 +22,23 @@ from pipeline.errors import ConfigError, DatasetError
 from pipeline.ledger import Ledger
 from pipeline.plan_file import PLAN_NAME
 from pipeline.schema import READABLE_VERSIONS, REJECT_SCHEMA, SCHEMA_VERSION, SPLITS, Reject
-from pipeline.shards import COUNTED, INDEX_SCHEMAS, ShardInfo, index_name, read_shard_columns, read_shard_info, tar_name
+from pipeline.shards import (
+    COUNTED,
+    INDEX_SCHEMAS,
+    ShardInfo,
+    index_name,
+    parse_index_name,
+    read_shard_columns,
+    read_shard_info,
+    tar_name,
+)
 from pipeline.storage import Store
 from pipeline.untrusted import (
     MAX_JSON_BYTES,
     MAX_SHARDS,
+    MAX_TABLE_BYTES,
     check_num_rows,
+    list_members,
     parse_object,
     read_member,
     require_counts,
@@ -274,8 +285,8 @@ def write_meta(place: Place, meta: DatasetMeta) -> None:
 
 def listed_shards(place: Place) -> list[int]:
     """Numbers of the shards that have an index, in order."""
-    names = (Path(entry.name) for entry in Store.at(place).list("index"))
-    return [int(name.stem) for name in names if name.suffix == ".parquet" and name.stem.isdecimal()]
+    numbers = (parse_index_name(entry.name) for entry in list_members(Store.at(place), "index"))
+    return sorted(number for number in numbers if number is not None)
 
 
 def committed_shards(place: Place, fingerprint: str, without: Collection[int] = ()) -> dict[int, ShardInfo]:
@@ -337,7 +348,11 @@ def _write_splits(store: Store, meta: DatasetMeta) -> None:
         wanted = list_split(meta, split).encode()
         if not wanted:
             store.remove(split_name(split))
-        elif not store.exists(split_name(split)) or store.read(split_name(split)) != wanted:
+        elif (
+            (entry := store.stat(split_name(split))) is None
+            or entry.size_bytes != len(wanted)
+            or read_member(store, split_name(split), len(wanted)) != wanted
+        ):
             store.write(split_name(split), wanted)
 
 
@@ -392,7 +407,7 @@ def read_index(place: Place, columns: list[str] | None = None) -> pa.Table:
 def read_rejects(place: Place) -> Iterator[Reject]:
     """Every input that is in no shard, in the order of shards; those that the plan refused come last."""
     store = Store.at(place)
-    for entry in store.list("rejects"):
+    for entry in list_members(store, "rejects"):
         yield from read_rejects_file(store, entry.name)
 
 
@@ -403,7 +418,7 @@ def read_rejects_file(store: Store, name: str) -> list[Reject]:
         FileNotFoundError: there is none.
         DatasetError: it is damaged, or of other columns.
     """
-    where, data = store.where(name), read_member(store, name)
+    where, data = store.where(name), read_member(store, name, MAX_TABLE_BYTES)
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             check_num_rows(file.metadata.num_rows, len(data), where)

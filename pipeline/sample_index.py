@@ -27,7 +27,7 @@ from pipeline.node_cache import NodeCache
 from pipeline.schema import SPLITS, fingerprint
 from pipeline.shards import ShardInfo, index_name, read_shard_columns, tar_name
 from pipeline.storage import Store
-from pipeline.untrusted import check_num_rows, check_windows
+from pipeline.untrusted import check_num_rows, check_windows, list_members
 
 _FORMAT = 2
 _MAX_KEY_BYTES = 48
@@ -122,7 +122,7 @@ def open_index(
 
 def _require_possible(store: Store, meta: DatasetMeta) -> None:
     """Raise `DatasetError` where `dataset.json` claims more than its index files can hold, before room is made for it."""
-    sizes = [entry.size_bytes or 0 for entry in store.list("index")]
+    sizes = [entry.size_bytes or 0 for entry in list_members(store, "index")]
     where = store.where("dataset.json")
     if meta.num_shards > len(sizes):
         raise DatasetError(f"{where}: num_shards = {meta.num_shards}; there are {len(sizes)} index files")

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,12 +30,12 @@ from pipeline.schema import CLIP_SCHEMA, EMBEDDING_SCHEMA, REJECT_SCHEMA, SPLITS
 from pipeline.storage import Store
 from pipeline.tar_writer import TarWriter
 from pipeline.untrusted import (
+    MAX_TABLE_BYTES,
     check_columns,
     check_num_rows,
     check_places,
     open_member,
     parse_object,
-    read_member,
     require_counts,
     require_fields,
 )
@@ -61,6 +62,12 @@ def tar_name(shard: int, split: str) -> str:
 
 def index_name(shard: int) -> str:
     return f"index/{shard:06d}.parquet"
+
+
+def parse_index_name(name: str) -> int | None:
+    """The shard that `index_name` gives `name` to; None where it gives it to none."""
+    match = re.fullmatch(r"index/([0-9]{6,9})\.parquet", name)
+    return int(match[1]) if match and index_name(int(match[1])) == name else None
 
 
 def rejects_name(shard: int) -> str:
@@ -283,11 +290,12 @@ def read_shard_info(store: Store, shard: int) -> ShardInfo | None:
         DatasetError: the file there is no index of ours.
     """
     try:
-        data = read_member(store, index_name(shard))
+        source = open_member(store, index_name(shard), MAX_TABLE_BYTES)
     except FileNotFoundError:
         return None
     try:
-        return _parse_info(pq.read_schema(pa.BufferReader(data)))
+        with source:
+            return _parse_info(pq.read_schema(source))
     except (pa.ArrowException, DatasetError, OSError, KeyError, TypeError, ValueError) as error:
         raise _no_index(store, shard, error) from error
 
@@ -303,7 +311,7 @@ def read_shard_columns(store: Store, shard: int, columns: Sequence[str] | None =
     name = index_name(shard)
     where = store.where(name)
     # Not by its path, which Arrow cannot say in every locale.
-    with open_member(store, name) as source:
+    with open_member(store, name, MAX_TABLE_BYTES) as source:
         try:
             file = pq.ParquetFile(source)
             check_num_rows(file.metadata.num_rows, os.fstat(source.fileno()).st_size, where)

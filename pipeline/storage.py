@@ -167,6 +167,10 @@ class LocalStore(Store):
             return _entry(name, (self._folder / name).stat())
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link to itself leads nowhere too
+                return None
+            raise
 
     def list(self, folder: str = "") -> list[Entry]:
         return _scan(self._folder, folder)[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -14,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import DatasetError
+from pipeline.errors import BadVideo, DatasetError
 from pipeline.schema import SPLITS
-from pipeline.storage import Store
+from pipeline.storage import Entry, Store
 
 MAX_JSON_BYTES = 64 * 2**20
+MAX_TABLE_BYTES = 2**30
+"""Of an index or a file of rejects, which are read whole."""
 MAX_SHARDS = 10**9
 _MIN_ROW_BYTES = 4
 """A row of an index, with its own key and hash, takes more than this on disk however well it is packed."""
@@ -31,33 +34,46 @@ _NEVER_NULL = frozenset(
 )
 
 
-def open_member(store: Store, name: str) -> IO[bytes]:
+def open_member(store: Store, name: str, max_bytes: int | None = None) -> IO[bytes]:
     """`store.open` for a file of a dataset.
 
     Raises:
         FileNotFoundError, TransientIO, PermissionError: as `store.open` does.
-        DatasetError: a link out of the dataset, a folder, a named pipe, a device.
+        DatasetError: a link out of the dataset or to itself, a folder, a named pipe, a device, or more than `max_bytes`.
     """
-    if store.is_local:
-        path = store.path(name)
-        if path.is_symlink() and not path.resolve().is_relative_to(store.path().resolve()):
-            raise DatasetError(f"{path}: a link out of the dataset, to {path.resolve()}; it is not followed")
+    if store.is_local and store.path(name).is_symlink() and (target := link_out(store, name)):
+        raise DatasetError(f"{store.where(name)}: a link out of the dataset, to {target}; it is not followed")
     try:
-        return store.open(name)
+        return store.open(name, max_bytes=max_bytes)
+    except BadVideo as error:
+        size = entry.size_bytes if (entry := store.stat(name)) else None
+        raise DatasetError(f"{store.where(name)}: {size} bytes; at most {max_bytes} are read") from error
     except OSError as error:
         if error.errno in _NOT_A_FILE:
             raise DatasetError(f"{store.where(name)}: {error.strerror}; it must be a regular file") from error
         raise
 
 
-def read_member(store: Store, name: str, max_bytes: int | None = None) -> bytes:
-    """All of a file, errors as those of `open_member`; DatasetError too where it is larger than `max_bytes`."""
-    with open_member(store, name) as file:
-        size = file.seek(0, 2)
-        if max_bytes is not None and size > max_bytes:
-            raise DatasetError(f"{store.where(name)}: {size} bytes; at most {max_bytes} are read")
-        file.seek(0)
+def link_out(store: Store, name: str) -> str:
+    """Where the link `name` of a local dataset leads, "" within the dataset. A link to itself leads nowhere else."""
+    root, target = os.path.realpath(store.path()), os.path.realpath(store.path(name))
+    return "" if os.path.commonpath((root, target)) == root else target
+
+
+def read_member(store: Store, name: str, max_bytes: int) -> bytes:
+    """All of a file of at most `max_bytes`; errors as those of `open_member`."""
+    with open_member(store, name, max_bytes) as file:
         return file.read()
+
+
+def list_members(store: Store, folder: str) -> list[Entry]:
+    """`store.list`, and DatasetError where the folder is a link to itself."""
+    try:
+        return store.list(folder)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DatasetError(f"{store.where(folder)}: {error.strerror}; it must be a folder") from error
+        raise
 
 
 def parse_object(data: bytes | str, where: str) -> dict[str, Any]:

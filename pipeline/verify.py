@@ -50,7 +50,7 @@ from pipeline.storage import CHUNK_BYTES, LOCAL_TROUBLE, Store
 from pipeline.stored import count_frames, count_packets
 from pipeline.strays import find_strays
 from pipeline.tar_writer import tar_end_bytes, tar_header
-from pipeline.untrusted import check_codes, open_member, read_member
+from pipeline.untrusted import MAX_JSON_BYTES, MAX_TABLE_BYTES, check_codes, open_member, read_member
 
 _MOST_NAMED = 100
 """Missing shards that are named, each in a line."""
@@ -90,7 +90,8 @@ def verify(
     for shard in numbers:
         try:
             info = read_shard_info(store, shard)
-            assert info is not None
+            if info is None:
+                raise DatasetError(f"{store.where(index_name(shard))} was removed meanwhile")
             books += info.ledger
             indexed |= {rejects_name(shard), *(tar_name(shard, split) for split in info.tars)}
             contents.append(info.content)
@@ -269,7 +270,7 @@ def _verify_embeddings(check: _Check, shard: int, info: ShardInfo) -> Iterator[s
     store, seen = check.store, check.seen
     yield from _verify_rejects(store, shard, info)
     index = store.where(index_name(shard))
-    table = parse_parquet(read_member(store, index_name(shard)))
+    table = parse_parquet(read_member(store, index_name(shard), MAX_TABLE_BYTES))
     vectors, rows = vectors_of(table), table.drop_columns(["embedding"]).to_pylist()
     yield from _verify_rows(index, shard, rows, info, seen)
     if digest_rows(rows) != info.content:
@@ -366,9 +367,13 @@ def _verify_totals(store: Store, meta: DatasetMeta, contents: list[str]) -> Iter
     if digest_contents(contents) != meta.content:
         yield f"{store}: its shards are not those that dataset.json sums up: one was exchanged, or two of them for each other"
     for split in SPLITS if meta.schema_version > 3 and meta.kind != "embeddings" else ():
-        name = split_name(split)
-        listed = store.read(name).decode(errors="replace") if store.exists(name) else ""
-        if listed != list_split(meta, split):
+        name, wanted = split_name(split), list_split(meta, split).encode()
+        try:
+            listed = read_member(store, name, max(len(wanted), MAX_JSON_BYTES)) if store.exists(name) else b""
+        except DatasetError as error:
+            yield str(error)
+            continue
+        if listed != wanted:
             yield f"{store.where(name)}: not the tars of split {split}; run the command that writes the dataset again"
 
 

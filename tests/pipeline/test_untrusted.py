@@ -112,6 +112,29 @@ def codes(folder: Path) -> None:
         tar.write(np.array([29_952], "<u2").tobytes())
 
 
+def sparse(path: Path, size_bytes: int = 6 * 2**30) -> None:
+    """A file of zeros that takes no room on the disk."""
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def folder_loop(path: Path) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        shutil.rmtree(folder / path)
+        loop(folder / path)
+
+    return apply
+
+
+def copied(name: str) -> Callable[[Path], None]:
+    """The first index once more, under a name that the writer of shard 0 does not give it."""
+    return lambda folder: shutil.copyfile(folder / "index/000000.parquet", folder / name)  # type: ignore[return-value]
+
+
 TAR = "shards/train-000000.tar"
 DEEP = b"[" * 200_000 + b"]" * 200_000
 CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
@@ -146,6 +169,26 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a link as an index": (
         instead("index/000000.parquet", lambda p: p.symlink_to("/etc/hostname")), "index/000000.parquet", "a link out of",
     ),
+    **{
+        f"6 GiB of {name}": (instead(name, sparse), name, f"{6 * 2**30} bytes; at most {most}")
+        for name, most in (
+            ("dataset.json", 2**26), ("splits/train.txt", 2**26), ("index/000000.parquet", 2**30), ("rejects/plan.parquet", 2**30),
+        )
+    },
+    **{
+        f"{name} is a link to itself": (instead(name, loop), name, words)
+        for name, words in (
+            ("dataset.json", "symbolic links"), ("index/000000.parquet", "symbolic links"), (TAR, "symbolic links"),
+            ("splits/train.txt", "link to nowhere or to itself"), ("rejects/plan.parquet", "to itself"),
+        )
+    },
+    **{f"{name} is a link to itself": (folder_loop(Path(name)), name, "symbolic links") for name in ("shards", "index", "splits")},
+    "a pipe as a list": (instead("splits/train.txt", os.mkfifo), "splits/train.txt", "regular file"),
+    "a folder as a list": (instead("splits/train.txt", Path.mkdir), "splits/train.txt", "regular file"),
+    **{
+        f"index {name}": (copied(f"index/{name}.parquet"), f"index/{name}.parquet", "no index counts it")
+        for name in ("\u0663", "0", "00000000", "00000\u0660", "9999999999")
+    },
     "offset": (rows(lambda r: r[0].update(offset=10**6)), "index/000000.parquet", "column offset"),
     "offset -1": (rows(lambda r: r[0].update(offset=-1)), "index/000000.parquet", "column offset: -1"),
     "offset 2^62": (rows(lambda r: r[0].update(offset=2**62)), "index/000000.parquet", "column offset"),
