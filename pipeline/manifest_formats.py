@@ -190,14 +190,25 @@ def _read_jsonl(file: IO[bytes], shown: str) -> Iterator[list[Record]]:
 
 def _parse(line: str) -> Record:
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
+        record = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_to_object)
         if "\\u" in line:
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate cannot be stored
         if line.count("[") + line.count("{") > _MAX_DEPTH:
             to_plain(record)
     except (ValueError, RecursionError) as error:
         return f"is no JSON: {error}"
-    return record if isinstance(record, dict) else "is no JSON object"
+    if not isinstance(record, dict):
+        return "is no JSON object"
+    if len({plain_name(name) for name in record}) < len(record):
+        return f"names a column twice: {[name[:80] for name in record if plain_name(name) in KNOWN]}"
+    return record
+
+
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("an object names a value twice")
+    return record
 
 
 def _refuse_constant(name: str) -> None:

@@ -319,6 +319,21 @@ class TestJsonl:
             ("b.mp4", "x", None),
         ]
 
+    def test_a_column_named_twice(self, tmp_path: Path) -> None:
+        lines = [
+            '{"video": "a.mp4", "video": "b.mp4"}',
+            '{"video": "b.mp4", "Video": "c.mp4"}',
+            '{"video": "d.mp4", " label ": 1, "label": 2}',
+            '{"video": "e.mp4", "x": {"y": 1, "y": 2}}',
+            '{"video": "f.mp4", "x": {"y": 1, "Y": 2}, "Y": 3, "y": 4}',
+        ]
+        (tmp_path / "m.jsonl").write_text("\n".join(lines))
+        assert good(tmp_path / "m.jsonl") == ["f.mp4"]
+        found = [reason for reason in reasons(tmp_path / "m.jsonl") if reason]
+        assert len(found) == 4 and all(
+            text.startswith(f"row {row} ") and "twice" in text for row, text in enumerate(found, 1)
+        )
+
     def test_every_reason_can_be_stored(self, tmp_path: Path) -> None:
         (tmp_path / "m.jsonl").write_bytes(b'{"video": "\\udc80", "x": 1}\n\xff\xfe\n{"\\ud800": 1}\n')
         assert good(tmp_path / "m.jsonl") == []
