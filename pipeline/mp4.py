@@ -91,6 +91,16 @@ def keyframe_lead(file: IO[bytes], stream: int, at_s: float) -> float:
         return 0.0
 
 
+def has_several_edits(file: IO[bytes], stream: int) -> bool:
+    """Whether the edit list of a stream shows more than one part of it, as QuickTime joins and cuts do."""
+    try:
+        moov = _read_header(file, file.seek(0, 2))
+        edits = _edits([body for kind, body in _boxes(moov) if kind == b"trak"][stream])
+    except (_Odd, StopIteration, struct.error, ValueError, IndexError):
+        return False
+    return sum(media_start >= 0 for _, media_start, _ in edits) > 1
+
+
 def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
     table = [b"mdia", b"minf", b"stbl"]
     width, height = struct.unpack_from(">HH", _find(track, *table, b"stsd"), 40)
@@ -143,21 +153,25 @@ def _are_stored(sizes: memoryview, count: int) -> np.ndarray:
 def _edit(track: memoryview, movie_scale: int) -> tuple[Fraction, int, Fraction]:
     """(seconds before the track, where it begins on its own axis, seconds of it that are shown; 0: all)."""
     try:
-        table = _find(track, b"edts", b"elst")
+        edits = _edits(track)
     except StopIteration:
         return Fraction(0), 0, Fraction(0)
-    count = struct.unpack_from(">I", table, 4)[0]
-    entry = ">Qqi" if table[0] else ">Iii"
-    size = struct.calcsize(entry)
-    if count * size > len(table):
-        raise _Odd
-    edits = [struct.unpack_from(entry, table, 8 + n * size) for n in range(count)]
     delay = 0
     while edits and edits[0][1] == _UNTIMED_EDIT:
         delay += edits.pop(0)[0]
     if len(edits) != 1 or edits[0][2] != _FULL_SPEED or edits[0][1] < 0:
         raise _Odd
     return Fraction(delay, movie_scale), edits[0][1], Fraction(edits[0][0], movie_scale)
+
+
+def _edits(track: memoryview) -> list[tuple[int, int, int]]:
+    """(length in units of the movie, begin in units of the track, speed in 1/65536) of each entry of the edit list."""
+    table = _find(track, b"edts", b"elst")
+    count = struct.unpack_from(">I", table, 4)[0]
+    entry = struct.Struct(">Qqi" if table[0] else ">Iii")
+    if count * entry.size > len(table):
+        raise _Odd
+    return list(entry.iter_unpack(table[8 : 8 + count * entry.size]))
 
 
 def _runs(table: memoryview, value_type: str, count: int) -> np.ndarray:

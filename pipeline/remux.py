@@ -11,7 +11,7 @@ from pipeline import ffmpeg
 from pipeline.containers import choose_container
 from pipeline.errors import BadVideo
 from pipeline.ffmpeg import FfmpegLimits, Process
-from pipeline.mp4 import MP4_CONTAINER, keyframe_lead, read_video_track
+from pipeline.mp4 import MP4_CONTAINER, has_several_edits, keyframe_lead, read_video_track
 from pipeline.packets import CopiedPackets, list_packets
 from pipeline.probe import VideoInfo
 from pipeline.schema import ClipSpan
@@ -73,6 +73,11 @@ def _require_copyable(file: IO[bytes], info: VideoInfo, span: ClipSpan) -> None:
     way_out = "use --storage transcode, or copy for whole videos"
     if info.codec == "gif":
         raise BadVideo("unsupported", f"pictures of a GIF cannot be stored in another container; {way_out}")
+    if info.container == MP4_CONTAINER and has_several_edits(file, info.stream):
+        raise BadVideo(
+            "unsupported",
+            f"an edit list shows several parts of it, and copied packets would show what it hides between them; {way_out}",
+        )
     if info.container == "mpeg" and span.start_s > 0:
         # After a seek ffmpeg takes the times of what follows from the first packet that has one, up to some frames off.
         raise BadVideo(

@@ -275,3 +275,24 @@ def test_samples_without_bytes_are_no_packets(tmp_path: Path) -> None:
     for storage in ("remux", "transcode"):
         ((span, _, numbers),) = clips_of(path, tmp_path, storage, 9)
         assert (span.start_s, numbers) == (0, [*range(30), *range(33, 60)])
+
+
+def test_an_edit_list_of_several_parts_is_not_remuxed(tmp_path: Path) -> None:
+    """Frames 0 to 19, then 40 to 59: copied packets would show those between too."""
+    path = encode(tmp_path / "a.mp4", range(60), *H264[:4], "-bf", "0", "-video_track_timescale", "12800")
+    edits = struct.pack(">6i", 800, 0, 0x10000, 800, 40 * 512, 0x10000)
+    data = path.read_bytes()
+    for name in (b"moov", b"trak", b"edts", b"elst"):  # the samples come before them all
+        at = data.index(name) - 4
+        data = data[:at] + (int.from_bytes(data[at : at + 4], "big") + 12).to_bytes(4, "big") + data[at + 4 :]
+    at = data.index(b"elst") + 8
+    path.write_bytes(data[:at] + (2).to_bytes(4, "big") + edits + data[at + 16 :])
+    shown = [*range(20), *range(40, 60)]
+    assert show(path) == shown
+    for clips in (ClipConfig(), ClipConfig(mode="window", window_s=1)):
+        with path.open("rb") as file:
+            for cut in cut_video(file, probe(file, LIMITS), None, ShardSettings(storage="remux", clips=clips)):
+                assert cut.error and cut.error.reject_class == "unsupported"
+                assert "edit list" in cut.error.reason and "--storage transcode" in cut.error.reason
+    ((_, _, numbers),) = clips_of(path, tmp_path, "transcode", 9)
+    assert numbers == shown
