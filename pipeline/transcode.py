@@ -173,6 +173,7 @@ def describe_mp4(out: IO[bytes], codec: str, audio_codec: str, picture: Picture)
         codec=codec,
         width=track.width,
         height=track.height,
+        frame_px=(track.width, track.height),
         fps=track.num_frames / track.duration_s,
         duration_s=track.duration_s,
         audio_codec=audio_codec,
