@@ -25,6 +25,7 @@ class Track:
     width, height: in pixels, of the sample entry.
     start_s: when the first shown picture begins.
     last_s: how long after it the last one does.
+    longest_step_s: the longest time from one picture to the next.
     """
 
     width: int
@@ -33,6 +34,7 @@ class Track:
     num_frames: int
     start_s: float
     last_s: float
+    longest_step_s: float
     duration_s: float
 
 
@@ -136,6 +138,7 @@ def _describe(track: memoryview, movie_scale: int, size_bytes: int) -> Track:
         num_frames=num_frames,
         start_s=float(start_s),
         last_s=(int(shown_begins.max()) - first) / scale,
+        longest_step_s=float(np.diff(np.sort(shown_begins)).max(initial=0)) / scale,
         duration_s=float(length / scale),
     )
 

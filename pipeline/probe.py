@@ -31,6 +31,8 @@ _JOINED = ("mpegts", "mpeg", "ogg")
 _JOINED_GAP_S, _JOINED_RETURN_S = 10.0, 0.1
 """From these on it does."""
 _MAX_RETURN_S = 1.0
+_MAX_STAND_S = 600.0
+"""A picture that stays longer is taken for one wrong timestamp, which could promise a day of equal clips."""
 _RATE_TOLERANCE = 0.1
 _MOST_UNTIMED = 0.1
 """Share of the packets; ffmpeg guesses the times of a few."""
@@ -139,16 +141,19 @@ def _measure(
             measured = replace(measured, last_s=track.last_s)
             own_s = _own_duration(video)
             if own_s > track.last_s:
-                return replace(measured, duration_s=own_s)
-            # A sum of decoding steps, short where pictures are far apart: the last one would begin after it.
-            fps = _plausible_rate(info.fps, track.num_frames, track.duration_s)
-            return replace(measured, duration_s=track.duration_s, fps=fps)
+                measured = replace(measured, duration_s=own_s)
+            else:  # a sum of decoding steps, short where pictures are far apart: the last one would begin after it
+                fps = _plausible_rate(info.fps, track.num_frames, track.duration_s)
+                measured = replace(measured, duration_s=track.duration_s, fps=fps)
+            _check_stand(max(track.longest_step_s, measured.duration_s - track.last_s))
+            return measured
     times = list_packets(source, info.stream, limits)
     if times.num_untimed > _MOST_UNTIMED * times.num_packets:
         raise BadVideo("corrupt", f"{times.num_untimed} of {times.num_packets} packets have no time")
     if not times.num_frames:
         raise BadVideo("corrupt", f"the {info.codec} stream holds no packet with a time")
     _check_steps(times, info)
+    _check_stand(max(times.longest_leap_s, times.end_s - times.last_s))
     duration_s = round(times.end_s - times.first_s, 6)
     # A container alone speaks for its sound too, which may last longer.
     stated_s = _own_duration(video) or (0.0 if info.audio_codec else info.duration_s)
@@ -188,6 +193,15 @@ def _check_steps(times: PacketTimes, info: VideoInfo) -> None:
         f"its timestamps {leap}, as in recordings that were joined; give them one run of times first, such as by "
         "ffmpeg -i IN -c copy OUT.mkv",
     )
+
+
+def _check_stand(longest_s: float) -> None:
+    if longest_s > _MAX_STAND_S:
+        raise BadVideo(
+            "unsupported",
+            f"one of its pictures stays for {longest_s:.0f} s; more than {_MAX_STAND_S:.0f} s are taken for a wrong timestamp. "
+            "Where it is right, give the video a constant rate first, such as by ffmpeg -i IN -vf fps=1 OUT.mkv",
+        )
 
 
 def _plausible_rate(stated: float, num_frames: int, duration_s: float) -> float:
